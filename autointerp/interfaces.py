@@ -1,0 +1,169 @@
+"""What the plug-ins of ``autointerp`` look like from outside: protocols, contexts, jobs. Torch-free.
+
+A plug-in class has ``name`` (its file name), ``version`` (raised whenever a number or a text may change) and
+``needs``, a subset of :data:`NEEDS`: what the
+context must hold. The pipeline checks needs with :func:`check_needs` before any work.
+All walls are synchronous and take everything at once, so that a plug-in may batch over latents; the answer is in the
+order of the question, one entry each, and never depends on that order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, LatentScore, LatentView, ScoreItem, Simulation
+from sae.errors import LeakError, Unsupported
+
+if TYPE_CHECKING:
+    from autointerp.client import Client
+    from sae.base import SAE
+    from sae.language_model import LanguageModel
+
+NEEDS = frozenset({"client:generate", "client:logprobs", "embedder", "last_acts", "lm"})
+"""What a plug-in may ask of its context."""
+
+Probe = tuple[int, tuple[int, ...]]
+"""(latent, token ids): ask for this latent's activation on the last of these tokens."""
+
+LastActs = Callable[[Sequence[Probe]], np.ndarray]
+"""float32 [n_probes]: the activation of each probe's latent at its last token (LM + SAE on the probe alone)."""
+
+
+class EmbedderLike(Protocol):
+    """What scorers and simulators use of :class:`autointerp.embedder.Embedder`."""
+
+    name: str
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, E], rows of unit norm, in the order of ``texts``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainContext:
+    """What an explainer may use beside its view. A field is None where the run does not have it."""
+
+    seed: int = 0
+    client: "Client | None" = None
+    embedder: EmbedderLike | None = None
+    lm: "LanguageModel | None" = None
+    """The subject model (n2g)."""
+    sae: "SAE | None" = None
+    tokenizer: Any = None
+    """Tokenizer of the subject model: exemplars hold its ids."""
+    hookpoint: str = ""
+    last_acts: LastActs | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreContext:
+    """What a scorer or a simulator may use beside its job."""
+
+    seed: int = 0
+    client: "Client | None" = None
+    embedder: EmbedderLike | None = None
+    lm: "LanguageModel | None" = None
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """One explanation to be scored on the windows of one latent."""
+
+    explanation: Explanation
+    """Under a floor this is another latent's explanation."""
+    sae_id: str
+    latent: int
+    """The latent whose windows these are."""
+    exemplars: tuple[Exemplar, ...]
+    """Split `score` only, all kinds; asserted."""
+    calibrate: tuple[Exemplar, ...] = ()
+    """Split `calibrate` only, for thresholds and calibration; asserted."""
+    pi: float | None = None
+    """Share of the score split's grid windows on which the latent is active."""
+    floor_kind: str = ""
+    """"" or 'shuffled'."""
+
+    def __post_init__(self) -> None:
+        for name, items, split in (("exemplars", self.exemplars, SCORE), ("calibrate", self.calibrate, CALIBRATE)):
+            wrong = sorted({e.split for e in items} - {split})
+            if wrong:
+                found = ", ".join(wrong)
+                raise LeakError(f"latent {self.latent}: {name} of a score job hold split {found}, expected {split}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreResult:
+    """What a scorer says of one job."""
+
+    scores: tuple[LatentScore, ...] = ()
+    items: tuple[ScoreItem, ...] = ()
+    simulations: tuple[Simulation, ...] = ()
+
+
+SimulationPair = tuple[Explanation, Exemplar]
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """From exemplars to texts or patterns."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[str]]
+
+    def explain_many(self, views: list[LatentView], ctx: ExplainContext) -> list[list[Explanation]]:
+        """Per view at least one record: candidates, or one whose ``failure`` says why there is none."""
+        ...
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """From an explanation and a window to an expected activation per token."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[str]]
+
+    def simulate_many(self, pairs: list[SimulationPair], ctx: ScoreContext) -> list[Simulation]:
+        """One record per pair: values as long as ``token_ids``, or a failure and no values."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """From an explanation and windows to metrics."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[str]]
+
+    def score_many(self, jobs: list[ScoreJob], ctx: ScoreContext) -> list[ScoreResult]:
+        """One result per job. A failed item has no verdict, and is counted in ``n_failed``."""
+        ...
+
+
+def missing_needs(needs: frozenset[str], ctx: ExplainContext | ScoreContext) -> list[str]:
+    """Which of ``needs`` the context does not hold, sorted."""
+    missing = []
+    for need in sorted(needs):
+        if need.startswith("client:"):
+            client = ctx.client
+            verb = need.partition(":")[2]
+            if client is None or not getattr(client.capabilities, verb):
+                missing.append(need)
+        elif getattr(ctx, need, None) is None:
+            missing.append(need)
+    return missing
+
+
+def check_needs(plugin: Any, ctx: ExplainContext | ScoreContext) -> None:
+    """:class:`Unsupported`, naming the plug-in and what it lacks, before any work is done."""
+    missing = missing_needs(plugin.needs, ctx)
+    if missing:
+        raise Unsupported(
+            f"{plugin.name!r} needs {', '.join(missing)}, which this run does not have; "
+            "choose another client or leave this plug-in out"
+        )
