@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`. Each creates the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
+RESULTS ?= results
+export PYTHONUNBUFFERED = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test check env lint types imports bench site clean
+
+demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
+	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
+
+test: env  ## unit, numeric and contract tests; no network, no key, no GPU
+	$(PY) -m pytest -m "not gpu and not llm and not assets and not slow"
+
+check: env lint types imports test  ## everything that CI demands, but the marked tests
+
+lint: env
+	$(PY) -m ruff check .
+
+types: env
+	$(PY) -m mypy
+
+imports: env
+	$(VENV)/bin/lint-imports
+
+bench: env  ## kernels against their references
+	$(PY) kernels/bench.py
+
+site: env  ## rebuild leaderboard and pages from the rows
+	$(PY) -m evals.leaderboard --root $(RESULTS)
+
+env: $(STAMP)
+
+# torch comes first and alone: on machines with a local CPU build this keeps gigabytes of CUDA out.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saescope needs Python 3.11 or newer, this is %s; try make PYTHON=python3.11" % sys.version.split()[0])'
+	@if [ "$${CONDA_PREFIX:-}" ] && [ ! -d $(VENV) ]; then echo "creating $(VENV) beside the active conda environment"; fi
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@rm -f $(VENV)/.installed-* && touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)

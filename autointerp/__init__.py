@@ -1,0 +1,1 @@
+"""From latents to exemplars, explanations, simulations and scores."""

@@ -1,0 +1,55 @@
+"""Configuration of the ``autointerp`` floor. Torch-free."""
+
+from dataclasses import dataclass
+
+from sae.config import require
+
+
+@dataclass(kw_only=True, frozen=True)
+class ExemplarConfig:
+    """Which windows are drawn per latent (AUTOINTERP 2)."""
+
+    window_tokens: int = 32
+    """W, the scoring unit."""
+    min_window_tokens: int = 8
+    """Shorter remainders of a document are dropped."""
+    left_tokens: int = 24
+    """Context left of the peak in windows for the explainer."""
+    n_groups: int = 10
+    """Quantile groups."""
+    explain_top: int = 10
+    explain_silent: int = 10
+    explain_random: int = 16
+    """Random positive activations, for N2G."""
+    calibrate_positive: int = 10
+    calibrate_silent: int = 10
+    score_positive: int = 20
+    """Spread evenly over the quantile groups."""
+    score_silent: int = 20
+    score_hard: int = 10
+    """Per hard kind: same_token, co_occurring."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.window_tokens >= self.min_window_tokens >= 1, "window_tokens must be at least min_window_tokens")
+
+
+@dataclass(kw_only=True, frozen=True)
+class InterpConfig:
+    """Who explains, who judges, on how many latents."""
+
+    latents: int = 24
+    """Explained latents per SAE, drawn uniformly from the eligible."""
+    explainers: tuple[str, ...] = ("n2g", "token_list", "pmi")
+    """File names in autointerp/explainers."""
+    scorers: tuple[str, ...] = ("embedding", "surprisal", "simulation")
+    """File names in autointerp/scorers; detection is added when a prompted judge is given."""
+    client: str = "transformers"
+    """File name in autointerp/clients: transformers (embedded), openai, scripted."""
+    llm: str | None = None
+    """Model name for the client; by default the embedded model."""
+    base_url: str | None = None
+    """openai: any compatible URL. The key is read from OPENAI_API_KEY."""
+    max_llm_tokens: int | None = None
+    """Stop cleanly once this many LLM tokens were used."""
+    seed: int = 0

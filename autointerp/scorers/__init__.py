@@ -1,0 +1,1 @@
+"""One file per scorer; the file name is the plug-in name."""

@@ -1,0 +1,1 @@
+"""The evaluation suite: result rows, baselines, leaderboard and pages."""

@@ -1,0 +1,164 @@
+"""What an evaluation is, what it is given, and what it measures.
+
+N tokens, D = d_in, F = d_sae.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from evals.results import Estimate, Metric, Row, SubjectInfo, make_row
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from autointerp.latent_cache import LatentCache
+    from sae.activations import ActivationStore
+    from sae.base import SAE, SparseLatents
+    from sae.language_model import LanguageModel
+
+PRESETS = ("quick", "paper", "tiny")
+
+NEEDS = frozenset({
+    "lm",  # the subject language model
+    "test",  # stores["test"]: float32 activations of the split test
+    "interp",  # stores explain, calibrate, score and the subject's latent cache
+    "probes",  # activations at the last token of labelled prompts
+    "scores",  # finished autointerp scores of the subject
+})
+
+PROVIDES = frozenset({
+    "reconstruct",  # x_ND -> x_hat_ND
+    "sparse",  # x_ND -> SparseLatents, decoder rows: an SAE or something with latents and directions
+    "features",  # x_ND -> h_NF real-valued features (pre-activations for an SAE), by blocks of columns
+})
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """Something that can be measured: an SAE, or a baseline that answers some of the same questions."""
+
+    info: SubjectInfo
+    provides: frozenset[str]
+
+    def reconstruct(self, x_ND: "torch.Tensor") -> "torch.Tensor": ...
+
+    def encode_sparse(self, x_ND: "torch.Tensor") -> "SparseLatents": ...
+
+    def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor": ...
+
+
+class SAESubject:
+    """A trained (or random) SAE as a subject."""
+
+    provides = PROVIDES
+
+    def __init__(self, sae: "SAE", info: SubjectInfo) -> None:
+        self.sae, self.info = sae, info
+
+    def reconstruct(self, x_ND: "torch.Tensor") -> "torch.Tensor":
+        return self.sae(x_ND)
+
+    def encode_sparse(self, x_ND: "torch.Tensor") -> "SparseLatents":
+        return self.sae.encode_sparse(x_ND)
+
+    def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor":
+        return self.sae.pre_activations(x_ND, columns)
+
+
+def subject_info(sae: "SAE", sha256: str, *, kind: str = "sae") -> SubjectInfo:
+    """Row fields of an SAE, from its own cfg.json."""
+    cfg, meta = sae.cfg, sae.cfg.meta
+    return SubjectInfo(
+        sae_id=cfg.sae_id, kind=kind,  # type: ignore[arg-type]
+        lm=meta.lm if meta else "unknown", lm_revision=meta.lm_revision if meta else "unknown",
+        hookpoint=meta.hookpoint if meta else "unknown", architecture=cfg.architecture,
+        d_in=cfg.d_in, d_sae=cfg.d_sae, k=cfg.k, train_tokens=cfg.train_tokens, sae_sha256=sha256,
+    )
+
+
+@dataclass
+class EvalContext:
+    """All that an evaluation may read. Heavy parts are made on first use and shared by all subjects of a run."""
+
+    root: Path
+    subject: Subject
+    preset: str
+    seed: int
+    hookpoint: str
+    run_key: str = ""
+    stores: Mapping[str, "ActivationStore"] = field(default_factory=dict)
+    """By split: explain, calibrate, score, test."""
+    load_lm: Callable[[], "LanguageModel"] | None = None
+    """The float32 subject LM, loaded on the first call and kept."""
+    latents: "LatentCache | None" = None
+    probes: Any = None
+    """evals.probe_datasets.ProbeActivations."""
+    scores: "Path | None" = None
+    """Folder of finished scores (autointerp.pipeline.open_scores)."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Results that do not depend on the subject (clean losses, dense probes, ...): key -> value, kept for the whole run."""
+
+    @property
+    def lm(self) -> "LanguageModel":
+        if self.load_lm is None:
+            raise RuntimeError("this evaluation asked for an LM without declaring it in `needs`")
+        return self.load_lm()
+
+    def memo(self, key: str, build: Callable[[], Any]) -> Any:
+        """``build()`` once per run, whatever the number of subjects. The key must name all that the result depends on."""
+        if key not in self.shared:
+            self.shared[key] = build()
+        return self.shared[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """What an evaluation hands back."""
+
+    rows: list[Row]
+    details: "pd.DataFrame | None" = None
+    """Per task, latent or document; written beside the rows as parquet."""
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    """Sample sizes and the like, for the manifest; `dtype` and `device` belong here."""
+
+
+class Eval(Protocol):
+    """One file in evals/suite, ending in ``PLUGIN = TheEval()``. The file name is its name."""
+
+    name: str
+    title: str
+    version: int
+    metrics: tuple[Metric, ...]
+    needs: frozenset[str]
+    """Subset of NEEDS."""
+    uses: frozenset[str]
+    """Subset of PROVIDES: what a subject must offer to be measured."""
+
+    def config(self, preset: str) -> dict[str, Any]:
+        """Sizes of the preset; part of the key of the rows."""
+        ...
+
+    def inputs(self, ctx: EvalContext) -> dict[str, str]:
+        """Keys of the artefacts it reads; part of the key of the rows."""
+        ...
+
+    def run(self, ctx: EvalContext) -> EvalResult: ...
+
+
+class RowMaker:
+    """Turns estimates into rows of one evaluation and one context."""
+
+    def __init__(self, evaluation: Eval, ctx: EvalContext) -> None:
+        self._eval, self._ctx = evaluation, ctx
+        self._declared = {m.name: m for m in evaluation.metrics}
+        self.rows: list[Row] = []
+
+    def add(self, metric: str, estimate: Estimate, *, slice: str = "", split: str = "") -> None:
+        """Append one row; KeyError for an undeclared metric."""
+        self.rows.append(make_row(
+            self._ctx.subject.info, self._eval.name, self._eval.version, self._declared[metric], estimate,
+            seed=self._ctx.seed, run_key=self._ctx.run_key, preset=self._ctx.preset, slice=slice, split=split,
+        ))

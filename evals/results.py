@@ -1,0 +1,186 @@
+"""Result rows: one tidy row per (SAE, evaluation, metric, slice, seed), strict to write, easy to read. Torch-free.
+
+Rows carry no provenance, so that two runs write the same bytes; it lies in the folder's manifest and is joined on reading.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from sae.config import from_dict
+from sae.errors import ArtefactError, ConfigError
+from sae.manifest import canonical_json, is_complete, read_manifest
+
+ROWS_FILE = "rows.jsonl"
+DETAILS_FILE = "details.parquet"
+Status = Literal["ok", "undefined", "failed", "skipped"]
+KEY_FIELDS = ("sae_id", "eval", "eval_version", "metric", "slice", "split", "seed", "run_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Declaration of a metric, made once, in the file of its evaluation."""
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    description: str
+    """Formula in words, and the unit over which the interval resamples."""
+    reference: str
+    """Paper and equation or section, and where we differ."""
+    low: float = -math.inf
+    high: float = math.inf
+    headline: bool = False
+    """Shown on the first leaderboard page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectInfo:
+    """What is measured; copied into each of its rows."""
+
+    sae_id: str
+    kind: Literal["sae", "baseline"]
+    lm: str
+    lm_revision: str
+    hookpoint: str
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: int | None
+    train_tokens: int | None
+    sae_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value with its 95 % interval, or the reason why there is none."""
+
+    value: float | None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    stderr: float | None = None
+    n: int = 0
+    """Number of resampling units."""
+    n_failed: int = 0
+    failure: str | None = None
+    """Failure code when value is None."""
+
+    @staticmethod
+    def undefined(code: str, n: int = 0, n_failed: int = 0) -> "Estimate":
+        return Estimate(value=None, n=n, n_failed=n_failed, failure=code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number of one subject."""
+
+    sae_id: str
+    eval: str
+    eval_version: int
+    metric: str
+    slice: str
+    """"" for the aggregate, else `task=...`, `decile=...`, `explainer=...,scorer=...,judge=...`."""
+    split: str
+    seed: int
+    run_key: str
+    value: float | None
+    status: Status
+    failure: str | None
+    ci_low: float | None
+    ci_high: float | None
+    stderr: float | None
+    n: int
+    n_failed: int
+    kind: str
+    lm: str
+    lm_revision: str
+    hookpoint: str
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: int | None
+    train_tokens: int | None
+    sae_sha256: str
+    preset: str
+
+    def sort_key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f) for f in KEY_FIELDS)
+
+
+def make_row(
+    info: SubjectInfo, eval_name: str, version: int, metric: Metric, estimate: Estimate,
+    *, seed: int, run_key: str, preset: str, slice: str = "", split: str = "",
+) -> Row:
+    """Check an estimate against its declaration and make the row.
+
+    A non-finite number is never written: it becomes `undefined` with failure code `non_finite`.
+    Raises ConfigError if the value lies outside the metric's declared range.
+    """
+    e = estimate
+    numbers = [x for x in (e.value, e.ci_low, e.ci_high, e.stderr) if x is not None]
+    if any(not math.isfinite(x) for x in numbers):
+        e = Estimate.undefined("non_finite", n=e.n, n_failed=e.n_failed)
+    if e.value is not None and not metric.low - 1e-9 <= e.value <= metric.high + 1e-9:
+        raise ConfigError(f"{eval_name}.{metric.name} = {e.value} is outside its declared range [{metric.low}, {metric.high}]")
+    if e.value is None and not e.failure:
+        raise ConfigError(f"{eval_name}.{metric.name}: a missing value needs a failure code")
+    status: Status = "ok" if e.value is not None else "failed" if e.failure == "internal" else "undefined"
+    return Row(
+        eval=eval_name, eval_version=version, metric=metric.name, slice=slice, split=split, seed=seed, run_key=run_key,
+        value=e.value, status=status, failure=e.failure, ci_low=e.ci_low, ci_high=e.ci_high, stderr=e.stderr,
+        n=e.n, n_failed=e.n_failed, preset=preset, **asdict(info),
+    )
+
+
+def write_rows(folder: Path, rows: Iterable[Row], metrics: Sequence[Metric]) -> int:
+    """Write `rows.jsonl`, sorted by key. Undeclared metrics and duplicate keys are errors. Returns the row count."""
+    ordered = sorted(rows, key=Row.sort_key)
+    declared = {m.name for m in metrics}
+    seen: set[tuple[Any, ...]] = set()
+    for row in ordered:
+        if row.metric not in declared:
+            raise ConfigError(f"{row.eval} wrote the metric {row.metric!r}, which it does not declare")
+        if row.sort_key() in seen:
+            raise ConfigError(f"{row.eval} wrote {row.metric!r} slice {row.slice!r} twice")
+        seen.add(row.sort_key())
+    text = "".join(canonical_json(asdict(row)) + "\n" for row in ordered)
+    (folder / ROWS_FILE).write_text(text, encoding="utf-8")
+    return len(ordered)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Rows of one complete folder."""
+    if not is_complete(folder):
+        raise ArtefactError(f"{folder} holds no complete rows; run its evaluation again")
+    lines = (folder / ROWS_FILE).read_text(encoding="utf-8").splitlines()
+    return [from_dict(Row, json.loads(line)) for line in lines]
+
+
+def row_folders(root: Path) -> list[Path]:
+    """Complete `rows/<sae_id>/<eval>/<key>` folders, sorted."""
+    return sorted(p.parent for p in (Path(root) / "rows").glob("*/*/*/manifest.json"))
+
+
+def row_dir(root: Path, sae_id: str, eval_name: str, key: str) -> Path:
+    return Path(root) / "rows" / sae_id / eval_name / key
+
+
+PROVENANCE_COLUMNS = ("code_sha", "dirty", "saescope", "torch", "transformers", "vllm", "created_at", "device", "dtype", "llm")
+
+
+def load_results(root: Path) -> Any:
+    """All rows under ``root`` as a DataFrame, provenance and wall time joined from the manifests."""
+    import pandas as pd
+
+    records: list[Mapping[str, Any]] = []
+    for folder in row_folders(root):
+        manifest = read_manifest(folder)
+        made = {**manifest.get("provenance", {}), **manifest.get("counts", {})}
+        extra = {name: made.get(name) for name in PROVENANCE_COLUMNS} | {"wall_s": manifest.get("wall_s")}
+        records.extend(asdict(row) | extra for row in read_rows(folder))
+    columns = [f.name for f in fields(Row)] + [*PROVENANCE_COLUMNS, "wall_s"]
+    return pd.DataFrame(records, columns=columns)

@@ -1,0 +1,1 @@
+"""One file per evaluation; the file name is the plug-in name."""

@@ -1,0 +1,1 @@
+"""Triton kernels; the plain-torch reference of each lives in sae.ops."""

