@@ -1,0 +1,37 @@
+"""Shared fixtures: a tiny random LM, texts for it, and outside plug-ins for the contract suites."""
+
+import os
+
+import pytest
+
+if not os.path.exists("/dev/nvidia0"):  # before Triton is imported anywhere
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plugin", action="append", default=[], help="module:object of an outside plug-in to run the contract suites on")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_dir(tmp_path_factory: pytest.TempPathFactory):
+    """Folder of a random 3-block Llama with a byte tokenizer (D = 32, V = 259)."""
+    from tiny import save_tiny_lm
+
+    return save_tiny_lm(tmp_path_factory.mktemp("tiny_lm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_lm_dir):
+    """The same as a LanguageModel, float32."""
+    from sae.language_model import LanguageModel
+
+    return LanguageModel.load(str(tiny_lm_dir), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tmp_path_factory: pytest.TempPathFactory):
+    """A jsonl file of 400 short documents."""
+    from tiny import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
