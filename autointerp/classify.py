@@ -1,0 +1,360 @@
+"""From verdicts on windows to rows: recall per quantile group, false positives per kind, precision at the true rate.
+
+Torch-free. Formulas: AUTOINTERP 5.2 (values) and 5.3 (intervals). A failed item leaves numerator and denominator and is
+counted; ``value_worst`` counts it as a wrong answer. Values never are NaN: an undefined one is None with its reason.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from autointerp.interfaces import ScoreJob
+from autointerp.rates import (
+    auc,
+    auc_interval,
+    choose_threshold,
+    f1_of,
+    percentiles,
+    pooled_precision,
+    precision_at,
+    wilson,
+)
+from autointerp.records import Exemplar, Failure, LatentScore, ScoreItem
+from sae.manifest import rng
+
+__all__ = ["detection_scores", "make_items", "null_scores", "base_score", "choose_threshold", "pooled_precision", "auc"]
+
+MAX_FAILED_SHARE = 0.1
+"""Above this share of failed items a metric is null."""
+N_DRAWS = 10_000
+"""Draws of the Beta posteriors."""
+HARD_KINDS = ("same_token", "co_occurring")
+"""Negative kinds whose absence is reported as a null row."""
+DETECTION_METRICS = (
+    "recall", "fpr_silent", "phi", "balanced_accuracy", "precision", "precision_at_half", "f1", "auc",
+)  # fmt: skip
+
+
+class Counts(NamedTuple):
+    """Answers to the windows of one cell (a quantile group, a stratum, a kind)."""
+
+    hit: int
+    """Positive cells: true positives. Negative cells: false positives."""
+    miss: int
+    failed: int = 0
+
+    @property
+    def n(self) -> int:
+        """Answered windows."""
+        return self.hit + self.miss
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The counted answers of one job."""
+
+    groups: dict[int, Counts]
+    """Positive windows by quantile group (-1: all, where there are no groups)."""
+    kinds: dict[str, Counts]
+    """Negative windows by kind."""
+    strata: dict[str, Counts]
+    """Negative windows by stratum, drawn uniformly inside it."""
+    shares: dict[str, float]
+    """Population share W_h of each of these strata, summing to 1."""
+
+
+def positives_of(exemplars: Sequence[Exemplar]) -> list[Exemplar]:
+    """The positive windows that recall is defined on: those with a quantile group, else all.
+
+    `random_positive` windows are drawn by activation, not by window, and would weigh dense windows more.
+    """
+    positives = [e for e in exemplars if e.positive]
+    grouped = [e for e in positives if e.group >= 0]
+    return grouped or positives
+
+
+def make_items(
+    job: ScoreJob, exemplars: Sequence[Exemplar], values: Sequence[float | Failure], threshold: float, scorer: str
+) -> list[ScoreItem]:
+    """One item per window from a real-valued judge; the verdict is ``value > threshold``."""
+    items = []
+    for exemplar, value in zip(exemplars, values, strict=True):
+        failed = isinstance(value, Failure)
+        items.append(
+            ScoreItem(
+                explanation_id=job.explanation.explanation_id,
+                exemplar_id=exemplar.exemplar_id,
+                scorer=scorer,
+                positive=exemplar.positive,
+                value=None if isinstance(value, Failure) else float(value),
+                verdict=None if isinstance(value, Failure) else bool(value > threshold),
+                failure=value if failed else None,  # type: ignore[arg-type]
+            )
+        )
+    return items
+
+
+def _count(items: Sequence[ScoreItem]) -> Counts:
+    hit = sum(item.verdict is True for item in items)
+    miss = sum(item.verdict is False for item in items)
+    return Counts(hit, miss, len(items) - hit - miss)
+
+
+def _group(pairs: Sequence[tuple[Exemplar, ScoreItem]], by: Callable[[Exemplar], object]) -> dict:
+    groups: dict = {}
+    for exemplar, item in pairs:
+        groups.setdefault(by(exemplar), []).append(item)
+    return {name: _count(groups[name]) for name in sorted(groups)}
+
+
+def count_cells(exemplars: Sequence[Exemplar], items: Sequence[ScoreItem]) -> Cells:
+    """Sort the verdicts into groups, kinds and strata. Items are matched to windows by ``exemplar_id``."""
+    by_id = {item.exemplar_id: item for item in items}
+    pairs = [(e, by_id[e.exemplar_id]) for e in exemplars if e.exemplar_id in by_id]
+    chosen = {e.exemplar_id for e in positives_of([e for e, _ in pairs])}
+    positive = [(e, i) for e, i in pairs if e.exemplar_id in chosen]
+    negative = [(e, i) for e, i in pairs if not e.positive]
+    # Only draws that are uniform inside a stratum may be pooled there.
+    uniform = [(e, i) for e, i in negative if e.stratum_share is not None and e.kind in ("silent", e.stratum)]
+    if not uniform or any(e.stratum_share is None for e, _ in negative if e.kind == "silent"):
+        strata = {"silent": _count([i for e, i in negative if e.kind == "silent"])}
+        shares = {"silent": 1.0}
+    else:
+        strata = _group(uniform, lambda e: e.stratum)
+        shares = {e.stratum: float(e.stratum_share or 0.0) for e, _ in uniform}
+    answered = {h: shares[h] for h in strata if strata[h].n > 0}
+    total = sum(answered.values())
+    return Cells(
+        groups=_group(positive, lambda e: e.group),
+        kinds=_group(negative, lambda e: e.kind),
+        strata=strata,
+        # A stratum of which no window was answered is left out; the others stand for the population.
+        shares={h: w / total if total > 0 else 1 / len(answered) for h, w in answered.items()},
+    )
+
+
+@lru_cache(maxsize=512)
+def _beta_draws(slot: str, hit: int, miss: int) -> np.ndarray:
+    """[N_DRAWS] of Beta(hit + 1/2, miss + 1/2). Shared by all latents (common random numbers): few distinct counts."""
+    draws = rng("beta_draws", slot, hit, miss).beta(hit + 0.5, miss + 0.5, size=N_DRAWS)
+    draws.flags.writeable = False
+    return draws
+
+
+class _Rates(NamedTuple):
+    """Each a number, or a vector over draws."""
+
+    recall: float | np.ndarray | None
+    fpr_silent: float | np.ndarray | None
+    phi: float | np.ndarray | None
+
+
+def _rates(cells: Cells, estimate: Callable[[str, Counts], float | np.ndarray]) -> _Rates:
+    groups = [(f"group={g}", c) for g, c in cells.groups.items() if c.n]
+    recall = sum(estimate(slot, c) for slot, c in groups) / len(groups) if groups else None
+    silent = cells.kinds.get("silent", Counts(0, 0))
+    # The silent windows are part of the strata: their draws stand for fpr_silent alone.
+    fpr_silent = estimate("silent", silent) if silent.n else None
+    strata = [(h, w) for h, w in cells.shares.items() if cells.strata[h].n]
+    phi = sum(w * estimate(f"stratum={h}", cells.strata[h]) for h, w in strata) if strata else None
+    return _Rates(recall, fpr_silent, phi)
+
+
+def _failures_wrong(cells: Cells) -> Cells:
+    """Failed items as misses of a positive and hits of a negative."""
+
+    def positive(c: Counts) -> Counts:
+        return Counts(c.hit, c.miss + c.failed)
+
+    def negative(c: Counts) -> Counts:
+        return Counts(c.hit + c.failed, c.miss)
+
+    return Cells(
+        {g: positive(c) for g, c in cells.groups.items()},
+        {k: negative(c) for k, c in cells.kinds.items()},
+        {h: negative(c) for h, c in cells.strata.items()},
+        cells.shares,
+    )
+
+
+def _metrics(rates: _Rates, pi: float | None) -> dict[str, float | np.ndarray | None]:
+    """All values that follow from the three rates; vectors in, vectors out (NaN inside vectors where undefined)."""
+    r, fpr, phi = rates
+
+    def at(rate: float | None) -> float | np.ndarray | None:
+        if r is None or phi is None or rate is None:
+            return None
+        if isinstance(r, np.ndarray) or isinstance(phi, np.ndarray):
+            called = rate * r + (1 - rate) * phi
+            return np.divide(rate * r, called, out=np.full(N_DRAWS, np.nan), where=called > 0)
+        return precision_at(r, phi, rate)
+
+    precision = at(pi)
+    f1: float | np.ndarray | None
+    if isinstance(precision, np.ndarray):
+        f1 = 2 * precision * r / (precision + r)  # type: ignore[operator]
+    else:
+        f1 = None if r is None else f1_of(precision, float(r))
+    return {
+        "recall": r,
+        "fpr_silent": fpr,
+        "phi": phi,
+        "balanced_accuracy": None if r is None or fpr is None else (r + 1 - fpr) / 2,
+        "precision": precision,
+        "precision_at_half": at(0.5),
+        "f1": f1,
+    }
+
+
+def base_score(job: ScoreJob, *, scorer: str, version: int, judge: str) -> dict:
+    """The fields that all rows of one job share; ``LatentScore(metric=..., value=..., **base_score(...))``."""
+    return {
+        "sae_id": job.sae_id,
+        "latent": job.latent,
+        "explanation_id": job.explanation.explanation_id,
+        "explainer": job.explanation.explainer,
+        "scorer": scorer,
+        "scorer_version": version,
+        "judge": judge,
+        "base_rate": job.pi,
+        "floor_kind": job.floor_kind,
+    }
+
+
+def null_scores(
+    job: ScoreJob, code: str, metrics: Sequence[str], *, scorer: str, version: int, judge: str
+) -> tuple[LatentScore, ...]:
+    """One null row per metric, for a latent that could not be scored at all (a failed explanation, no windows)."""
+    base = base_score(job, scorer=scorer, version=version, judge=judge)
+    return tuple(LatentScore(metric=m, null_reason=code, **base) for m in metrics)
+
+
+def detection_scores(
+    job: ScoreJob, items: Sequence[ScoreItem], *, scorer: str, version: int, judge: str
+) -> tuple[LatentScore, ...]:
+    """All detection metrics of one job: aggregates, recall per group, false-positive rate and AUC per negative kind.
+
+    ``items`` hold one verdict (or failure) per judged window of ``job.exemplars``, in any order. AUC rows appear where
+    the judge gave real values. Metrics in [0, 1].
+    """
+    base = base_score(job, scorer=scorer, version=version, judge=judge)
+    cells = count_cells(job.exemplars, items)
+    n_pos, n_neg = sum(c.n for c in cells.groups.values()), sum(c.n for c in cells.kinds.values())
+    n_failed = sum(c.failed for c in (*cells.groups.values(), *cells.kinds.values()))
+    asked = n_pos + n_neg + n_failed
+    too_many = asked > 0 and n_failed / asked > MAX_FAILED_SHARE
+    counted = {"n_pos": n_pos, "n_neg": n_neg, "n_failed": n_failed}
+    rows = _rate_rows(job, cells, too_many, {**base, **counted})
+    rows += _cell_rows(cells, too_many, base)
+    if any(item.value is not None for item in items):
+        rows += _auc_rows(job, items, too_many, base)
+    return tuple(rows)
+
+
+def _null_reason(metric: str, job: ScoreJob, rates: _Rates, too_many: bool) -> str:
+    if too_many:
+        return "too_many_failures"
+    missing = (rates.recall is None and metric not in ("fpr_silent", "phi")) or (
+        rates.phi is None and metric != "recall"
+    )
+    return "one_class" if missing else "undefined"
+
+
+def _rate_rows(job: ScoreJob, cells: Cells, too_many: bool, base: Mapping) -> list[LatentScore]:
+    rates = _rates(cells, lambda _slot, c: c.hit / c.n)
+    values = _metrics(rates, job.pi)
+    worst = _metrics(_rates(_failures_wrong(cells), lambda _slot, c: c.hit / c.n), job.pi)
+    draws = _metrics(_rates(cells, lambda slot, c: _beta_draws(slot, c.hit, c.miss)), job.pi)
+    rows = []
+    for metric, value in values.items():
+        drawn = draws[metric]
+        interval = None
+        if isinstance(drawn, np.ndarray) and value is not None and not too_many:
+            finite = drawn[np.isfinite(drawn)]
+            interval = percentiles(finite) if len(finite) else None
+        null = value is None or too_many
+        rows.append(
+            LatentScore(
+                metric=metric,
+                value=None if null else float(value),  # type: ignore[arg-type]
+                ci_low=interval.low if interval else None,
+                ci_high=interval.high if interval else None,
+                value_worst=None if worst[metric] is None else float(worst[metric]),  # type: ignore[arg-type]
+                null_reason=_null_reason(metric, job, rates, too_many) if null else None,
+                **base,
+            )
+        )
+    return rows
+
+
+def _cell_rows(cells: Cells, too_many: bool, base: Mapping) -> list[LatentScore]:
+    """Recall per quantile group and false-positive rate per kind, with Wilson intervals; absent hard kinds as nulls."""
+    rows = []
+    found = [("recall", f"decile={g}", c, True) for g, c in cells.groups.items() if g >= 0]
+    found += [("fpr", f"kind={k}", c, False) for k, c in cells.kinds.items()]
+    for metric, group, c, positive in found:
+        null = too_many or c.n == 0
+        interval = None if null else wilson(c.hit, c.n)
+        rows.append(
+            LatentScore(
+                metric=metric,
+                group=group,
+                value=None if null else c.hit / c.n,
+                ci_low=interval.low if interval else None,
+                ci_high=interval.high if interval else None,
+                value_worst=(c.hit if positive else c.hit + c.failed) / (c.n + c.failed),
+                n_pos=c.n if positive else 0,
+                n_neg=0 if positive else c.n,
+                n_failed=c.failed,
+                null_reason="too_many_failures" if null else None,
+                **base,
+            )
+        )
+    for kind in HARD_KINDS:
+        if kind not in cells.kinds:
+            rows.append(LatentScore(metric="fpr", group=f"kind={kind}", null_reason="no_hard_negative", **base))
+    return rows
+
+
+def _auc_rows(job: ScoreJob, items: Sequence[ScoreItem], too_many: bool, base: Mapping) -> list[LatentScore]:
+    """AUC against uniform silent windows (the aggregate) and against each hard kind."""
+    by_id = {item.exemplar_id: item for item in items}
+    judged = [(e, by_id[e.exemplar_id]) for e in job.exemplars if e.exemplar_id in by_id]
+    chosen = {e.exemplar_id for e in positives_of([e for e, _ in judged])}
+    positive = [i for e, i in judged if e.exemplar_id in chosen]
+    rows = []
+    for kind in sorted({e.kind for e, _ in judged if not e.positive} | {"silent"}):
+        negative = [i for e, i in judged if e.kind == kind and not e.positive]
+        pos = [i.value for i in positive if i.value is not None]
+        neg = [i.value for i in negative if i.value is not None]
+        n_failed = len(positive) + len(negative) - len(pos) - len(neg)
+        value = None if too_many else auc(pos, neg)
+        key = (job.sae_id, job.latent, job.explanation.explanation_id, base["scorer"], kind)
+        interval = None if value is None else auc_interval(pos, neg, *key)
+        rows.append(
+            LatentScore(
+                metric="auc",
+                group="" if kind == "silent" else f"kind={kind}",
+                value=value,
+                ci_low=interval.low if interval else None,
+                ci_high=interval.high if interval else None,
+                n_pos=len(pos),
+                n_neg=len(neg),
+                n_failed=n_failed,
+                value_worst=_worst_auc(pos, neg, len(positive) * len(negative)),
+                null_reason=("too_many_failures" if too_many else "one_class") if value is None else None,
+                **base,
+            )
+        )
+    return rows
+
+
+def _worst_auc(positive: Sequence[float], negative: Sequence[float], n_pairs: int) -> float | None:
+    """AUC with every pair of a failed window lost."""
+    if n_pairs == 0:
+        return None
+    value = auc(positive, negative)
+    return 0.0 if value is None else value * len(positive) * len(negative) / n_pairs

@@ -1,0 +1,109 @@
+"""Pure statistics of yes/no and real-valued judgements. Torch-free; formulas AUTOINTERP 5.2 and 5.3.
+
+An undefined value is None, never NaN.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sae.manifest import rng
+
+N_RESAMPLES = 2_000
+"""Bootstrap resamples of windows."""
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def wilson(hits: int, n: int, z: float = 1.959964) -> Interval | None:
+    """Wilson's 95 % interval of a proportion; None without observations."""
+    if n == 0:
+        return None
+    centre = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * np.sqrt(hits * (n - hits) / n + z * z / 4)
+    return Interval(float(max(0.0, centre - half)), float(min(1.0, centre + half)))
+
+
+def auc(positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray) -> float | None:
+    """Mann-Whitney: P(positive above negative) + P(tie)/2. None where a class is empty."""
+    if len(positive) == 0 or len(negative) == 0:
+        return None
+    return float(_wins(positive, negative).mean())
+
+
+def _wins(positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[n_pos, n_neg]: 1 where the positive is larger, 1/2 at a tie."""
+    difference = np.asarray(positive, dtype=np.float64)[:, None] - np.asarray(negative, dtype=np.float64)[None, :]
+    return (np.sign(difference) + 1) / 2
+
+
+def auc_interval(
+    positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray, *key: object
+) -> Interval | None:
+    """95 % bootstrap over windows within sign; ``key`` seeds it."""
+    if len(positive) < 2 or len(negative) < 2:
+        return None
+    wins = _wins(positive, negative)
+    n_pos, n_neg = wins.shape
+    generator = rng("auc_interval", *key)
+    # A resample is a vector of multiplicities; two matrix products replace 2,000 rank computations.
+    times_pos = generator.multinomial(n_pos, np.full(n_pos, 1 / n_pos), size=N_RESAMPLES)
+    times_neg = generator.multinomial(n_neg, np.full(n_neg, 1 / n_neg), size=N_RESAMPLES)
+    values = ((times_pos @ wins) * times_neg).sum(1) / (n_pos * n_neg)
+    return percentiles(values)
+
+
+def percentiles(values: np.ndarray) -> Interval:
+    """2.5 and 97.5 percentiles."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(float(low), float(high))
+
+
+def choose_threshold(values: Sequence[float], positive: Sequence[bool]) -> float:
+    """The cut of largest balanced accuracy (``value > threshold`` is yes), half-way between neighbouring values.
+
+    Among equally good cuts the one in the middle of them. One class only: the median of the values.
+    Raises ValueError on no values. Always finite.
+    """
+    v, y = np.asarray(values, dtype=np.float64), np.asarray(positive, dtype=bool)
+    if len(v) == 0:
+        raise ValueError("no calibration values to choose a threshold from")
+    if y.all() or not y.any():
+        return float(np.median(v))
+    distinct = np.unique(v)
+    margin = max(float(distinct[-1] - distinct[0]), 1e-6)
+    cuts = np.concatenate(([distinct[0] - margin], (distinct[1:] + distinct[:-1]) / 2, [distinct[-1] + margin]))
+    yes = v[None, :] > cuts[:, None]
+    accuracy = (yes[:, y].mean(1) + (~yes[:, ~y]).mean(1)) / 2
+    best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
+    return float(cuts[best[(len(best) - 1) // 2]])
+
+
+def precision_at(recall: float, phi: float, pi: float) -> float | None:
+    """pi R / (pi R + (1 - pi) phi): precision at base rate ``pi``; None where nothing is ever called active."""
+    called = pi * recall + (1 - pi) * phi
+    return pi * recall / called if called > 0 else None
+
+
+def f1_of(precision: float | None, recall: float) -> float | None:
+    """2 P R / (P + R); 0 where both are 0, None where the precision is undefined."""
+    if precision is None:
+        return None
+    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+
+
+def pooled_precision(
+    pi: Sequence[float] | np.ndarray, recall: Sequence[float] | np.ndarray, phi: Sequence[float] | np.ndarray
+) -> float | None:
+    """Precision of an SAE: sum pi R / sum (pi R + (1 - pi) phi) over its latents (AUTOINTERP 5.2, headline).
+
+    Vectors over latents; None where nothing is called active or there are no latents.
+    """
+    pi, recall, phi = (np.asarray(v, dtype=np.float64) for v in (pi, recall, phi))
+    right = float((pi * recall).sum())
+    called = right + float(((1 - pi) * phi).sum())
+    return right / called if called > 0 else None
