@@ -197,7 +197,7 @@ def _metrics(rates: _Rates, pi: float | None) -> dict[str, float | np.ndarray | 
     if isinstance(precision, np.ndarray):
         f1 = 2 * precision * r / (precision + r)  # type: ignore[operator]
     else:
-        f1 = None if r is None else f1_of(precision, float(r))
+        f1 = None if r is None or isinstance(r, np.ndarray) else f1_of(precision, r)
     return {
         "recall": r,
         "fpr_silent": fpr,
