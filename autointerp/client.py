@@ -1,0 +1,246 @@
+"""Language models behind one protocol: requests, replies, request keys, and the client that caches, counts and stops.
+
+A back-end (``autointerp/clients/<name>.py``) answers lists of requests, synchronously and in order, with one reply or
+one :class:`Failure` each. :class:`CachedClient` wraps a back-end: it looks every request up by its key, sends only
+what is missing, stores each reply as it arrives and keeps the ledger. All log-probabilities are natural (nats).
+
+Torch-free; importing it opens no socket, reads no key and loads no model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from autointerp.ledger import Ledger
+from autointerp.llm_requests import (
+    AnyReply,
+    ContinuationRequest,
+    GenerateRequest,
+    Identity,
+    LogprobReply,
+    LogprobRequest,
+    Message,
+    NextTokenRequest,
+    Origin,
+    Reply,
+    Request,
+    SlotRequest,
+    Usage,
+    Verb,
+    request_dict,
+    request_key,
+)
+from autointerp.records import Failure
+from autointerp.reply_cache import ReplyCache
+from sae.config import from_dict, require, to_dict
+from sae.console import progress
+from sae.errors import BudgetExceeded, Unsupported
+
+__all__ = [
+    "AnyReply", "CachedClient", "Capabilities", "Client", "ContinuationRequest", "GenerateRequest", "Identity",
+    "LogprobReply", "LogprobRequest", "Message", "NextTokenRequest", "OnReply", "Origin", "Reply", "Request",
+    "SlotRequest", "Usage", "Verb", "check_capability", "count_tokens", "expected_tokens", "open_client", "request_key",
+]  # fmt: skip
+
+R = TypeVar("R", Reply, LogprobReply)
+OnReply = Callable[[int, Any], None]
+"""Called with (index of the request, reply or failure) as soon as an answer is there, in any order, from one thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a back-end can do; a missing one is refused when the plan is made, not in the middle of a run."""
+
+    generate: bool = True
+    next_token: bool = False
+    continuation: bool = False
+    slots: bool = False
+    structured: Literal["json_schema", "json_object", "parse"] = "parse"
+    """parse: nothing constrains the reply, it is only parsed."""
+    local: bool = False
+    context_tokens: int | None = None
+
+    @property
+    def logprobs(self) -> bool:
+        """Any of the three log-probability verbs."""
+        return self.next_token or self.continuation or self.slots
+
+
+class Client(Protocol):
+    """What explainers, simulators and scorers talk to."""
+
+    identity: Identity
+    capabilities: Capabilities
+    tokenizer: Any
+    """The model's own tokenizer, or None where it is out of reach (a server)."""
+
+    def generate(self, requests: Sequence[GenerateRequest], on_reply: OnReply | None = None) -> list[Reply | Failure]:
+        """One reply or failure per request, in order. Raises :class:`SaescopeError` only where going on is pointless:
+        a refused key, an unknown model, a spent budget."""
+        ...
+
+    def logprobs(
+        self, requests: Sequence[LogprobRequest], on_reply: OnReply | None = None
+    ) -> list[LogprobReply | Failure]:
+        """As :meth:`generate`; :class:`Unsupported` for a verb that the capabilities deny."""
+        ...
+
+
+def check_capability(client: Client, verb: Verb, user: str) -> None:
+    """:class:`Unsupported`, naming ``user`` (a plug-in), if the client lacks the verb."""
+    if getattr(client.capabilities, verb):
+        return
+    able = [f.name for f in fields(Capabilities) if getattr(client.capabilities, f.name) is True]
+    raise Unsupported(
+        f"{user} needs {verb!r} from its language model, which {client.identity.endpoint} ({client.identity.model}) "
+        f"does not offer (it offers: {', '.join(able) or 'nothing'}); choose another client or leave {user} out"
+    )
+
+
+def count_tokens(client: Client, text: str) -> int:
+    """Tokens of ``text``; without a tokenizer, characters / 3, an over-estimate for English."""
+    if client.tokenizer is None:
+        return -(-len(text) // 3)
+    return len(client.tokenizer.encode(text, add_special_tokens=False))
+
+
+def expected_tokens(client: Client, request: Request) -> int:
+    """Upper estimate of what a request will use, for the budget."""
+    size = lambda text: count_tokens(client, text) if isinstance(text, str) else len(text)  # noqa: E731
+    match request:
+        case GenerateRequest():
+            return sum(size(m.content) + 4 for m in request.messages) + request.max_tokens
+        case NextTokenRequest():
+            return sum(size(m.content) + 4 for m in request.messages) + 1
+        case ContinuationRequest():
+            return size(request.prompt) + sum(size(c) for c in request.continuations)
+        case SlotRequest():
+            return len(request.ids)
+
+
+class CachedClient:
+    """A client with a memory, a ledger and a budget.
+
+    ``max_tokens`` bounds prompt + output tokens that this object lets be sent. Every request is reserved at its upper
+    estimate first; what does not fit is not sent, what was sent is stored, then :class:`BudgetExceeded` is raised, so
+    the same command with a larger budget goes on from there. Failures are never stored.
+    """
+
+    def __init__(
+        self,
+        backend: Client,
+        cache: ReplyCache | None = None,
+        *,
+        ledger: Ledger | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.backend, self.cache, self.max_tokens = backend, cache, max_tokens
+        self.ledger = ledger if ledger is not None else Ledger()
+        self.identity, self.capabilities, self.tokenizer = backend.identity, backend.capabilities, backend.tokenizer
+        self.spent_tokens = 0
+        if cache is not None:
+            cache.remember(to_dict(backend.identity))
+
+    def generate(self, requests: Sequence[GenerateRequest], on_reply: OnReply | None = None) -> list[Reply | Failure]:
+        """See :class:`Client`; only what the cache lacks is sent."""
+        check_capability(self, "generate", "this run") if requests else None
+        return self._answer(requests, self.backend.generate, Reply, on_reply)
+
+    def logprobs(
+        self, requests: Sequence[LogprobRequest], on_reply: OnReply | None = None
+    ) -> list[LogprobReply | Failure]:
+        """See :class:`Client`; only what the cache lacks is sent."""
+        for verb in sorted({r.verb for r in requests}):
+            check_capability(self, verb, "this run")
+        return self._answer(requests, self.backend.logprobs, LogprobReply, on_reply)
+
+    def close(self) -> None:
+        """Commit the cache."""
+        if self.cache is not None:
+            self.cache.close()
+
+    def _answer(
+        self, requests: Sequence[Any], send: Callable[..., Any], kind: type[R], on_reply: OnReply | None
+    ) -> list[R | Failure]:
+        keys = [request_key(self.identity, r) for r in requests]
+        answers: dict[str, Any] = {}
+        stored = self.cache.get_many(keys) if self.cache is not None else {}
+        for key, value in stored.items():
+            answers[key] = from_dict(kind, value)
+        missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in answers}  # equal requests: sent once
+        if missing:
+            self._send(missing, send, answers)
+        out: list[R | Failure] = []
+        for i, (key, request) in enumerate(zip(keys, requests, strict=True)):
+            answer = answers[key]
+            self.ledger.add(
+                self.identity.model, request.origin, answer, sent=key in missing and missing[key] is request
+            )
+            if on_reply is not None:
+                on_reply(i, answer)
+            out.append(answer)
+        return out
+
+    def _send(self, missing: dict[str, Any], send: Callable[..., Any], answers: dict[str, Any]) -> None:
+        """Fill ``answers`` for all ``missing`` keys, in as many rounds as the budget makes of them."""
+        waiting = list(missing)
+        stage = missing[waiting[0]].origin.stage or missing[waiting[0]].verb
+        with progress(f"LM: {stage}", total=len(waiting), unit="req") as bar:
+            while waiting:
+                round_keys = self._affordable(waiting, missing)
+                if not round_keys:
+                    raise BudgetExceeded(
+                        f"the budget of {self.max_tokens:,} LLM tokens is spent ({self.spent_tokens:,} used, "
+                        f"{len(waiting):,} requests of {stage!r} not sent); replies so far are stored: "
+                        "run the same command with a larger --max-llm-tokens to go on"
+                    )
+
+                def keep(i: int, answer: Any, keys: list[str] = round_keys) -> None:
+                    answers[keys[i]] = answer
+                    bar.advance()
+                    if isinstance(answer, Failure):
+                        return
+                    self.spent_tokens += answer.usage.total_tokens
+                    if self.cache is not None:
+                        self.cache.put(keys[i], to_dict(answer), request=request_dict(missing[keys[i]]))
+
+                try:
+                    send([missing[k] for k in round_keys], on_reply=keep)
+                finally:
+                    if self.cache is not None:
+                        self.cache.commit()
+                waiting = [k for k in waiting if k not in answers]
+
+    def _affordable(self, waiting: list[str], requests: Mapping[str, Any]) -> list[str]:
+        if self.max_tokens is None:
+            return waiting
+        left, taken = self.max_tokens - self.spent_tokens, []
+        for key in waiting:
+            left -= expected_tokens(self, requests[key])
+            if left < 0:
+                break
+            taken.append(key)
+        return taken
+
+
+def open_client(
+    name: str,
+    *,
+    replies: Path | None = None,
+    max_tokens: int | None = None,
+    ledger: Ledger | None = None,
+    keep_requests: bool = False,
+    **options: Any,
+) -> CachedClient:
+    """The client ``autointerp/clients/<name>.py`` with ``options``, behind the reply cache file ``replies``
+    (``results/replies.sqlite``; None = no cache)."""
+    from sae.plugins import find
+
+    plugin = find("autointerp.clients", name)
+    if name == "replay":
+        require(replies is not None, "the replay client needs the file of replies to answer from")
+        options["replies"] = replies
+    backend = plugin(**options)
+    cache = ReplyCache(replies, keep_requests=keep_requests) if replies is not None else None
+    return CachedClient(backend, cache, ledger=ledger, max_tokens=max_tokens)

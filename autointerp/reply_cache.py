@@ -1,0 +1,168 @@
+"""Replies of language models on disk, so that no answer is paid for twice: one sqlite file, keyed by request.
+
+Only completed replies are stored, as the model gave them; parsing is done again on each read, so a better parser
+re-scores for nothing. Write-ahead log, a commit every 64 replies or half a second: that much a killed process loses.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae.errors import ArtefactError
+from sae.manifest import canonical_json
+
+COMMIT_EVERY_REPLIES = 64
+COMMIT_EVERY_S = 0.5
+BUSY_TIMEOUT_S = 60.0
+LAYOUT_VERSION = 1
+_KEYS_PER_QUERY = 500
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS replies(
+  key TEXT PRIMARY KEY, request BLOB, request_bytes INTEGER, reply BLOB NOT NULL, reply_bytes INTEGER NOT NULL,
+  prompt_tokens INTEGER, cached_tokens INTEGER, output_tokens INTEGER, latency_ms REAL, created_at TEXT
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS clients(identity TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+
+
+def _pack(value: Any) -> tuple[bytes, int]:
+    """(zstd bytes, size before compression) of canonical JSON."""
+    import pyarrow as pa
+
+    raw = canonical_json(value).encode("utf-8", "surrogatepass")
+    return pa.compress(raw, codec="zstd", asbytes=True), len(raw)
+
+
+def _unpack(blob: bytes, size: int) -> Any:
+    import pyarrow as pa
+
+    raw = pa.decompress(blob, decompressed_size=size, codec="zstd", asbytes=True)
+    return json.loads(raw.decode("utf-8", "surrogatepass"))
+
+
+class ReplyCache:
+    """``ReplyCache(path)``. One object may be used from several threads; several processes may share the file."""
+
+    def __init__(self, path: Path, *, keep_requests: bool = False, must_exist: bool = False) -> None:
+        """``keep_requests`` stores the request beside its reply, for reading; ``must_exist`` for readers.
+
+        Raises :class:`ArtefactError` where the file is not such a cache.
+        """
+        self.path, self.keep_requests = Path(path), keep_requests
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._last_commit = time.monotonic()
+        if must_exist and not self.path.is_file():
+            raise ArtefactError(f"there is no reply cache {self.path}; run the stage once with a real client")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, LAYOUT_VERSION):
+                raise ArtefactError(
+                    f"{self.path} has layout {version}, this saescope reads {LAYOUT_VERSION}; move it away"
+                )
+            self._db.executescript(_TABLES)
+            self._db.execute(f"PRAGMA user_version={LAYOUT_VERSION}")
+            self._db.commit()
+        except (sqlite3.Error, OSError) as error:
+            raise ArtefactError(
+                f"cannot use the reply cache {self.path} ({error}); move the file away and run again"
+            ) from error
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The stored replies among ``keys``. A damaged reply counts as missing, and is fetched again."""
+        wanted = sorted(set(keys))
+        found: dict[str, dict[str, Any]] = {}
+        with self._lock, self._errors():
+            for i in range(0, len(wanted), _KEYS_PER_QUERY):
+                part = wanted[i : i + _KEYS_PER_QUERY]
+                marks = ",".join("?" * len(part))
+                rows = self._db.execute(f"SELECT key, reply, reply_bytes FROM replies WHERE key IN ({marks})", part)
+                for key, blob, size in rows:
+                    try:
+                        found[key] = _unpack(blob, size)
+                    except (OSError, ValueError):
+                        continue
+        return found
+
+    def put(self, key: str, reply: Mapping[str, Any], *, request: Mapping[str, Any] | None = None) -> None:
+        """Store one completed reply (a dict with ``usage``)."""
+        blob, size = _pack(reply)
+        asked, asked_size = _pack(request) if self.keep_requests and request is not None else (None, None)
+        usage = reply.get("usage", {})
+        row = (
+            key, asked, asked_size, blob, size,
+            usage.get("prompt_tokens"), usage.get("cached_tokens"), usage.get("output_tokens"), usage.get("latency_ms"),
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )  # fmt: skip
+        with self._lock, self._errors():
+            self._db.execute("INSERT OR REPLACE INTO replies VALUES (?,?,?,?,?,?,?,?,?,?)", row)
+            self._pending += 1
+            if self._pending >= COMMIT_EVERY_REPLIES or time.monotonic() - self._last_commit > COMMIT_EVERY_S:
+                self._commit()
+
+    def request(self, key: str) -> dict[str, Any] | None:
+        """The request stored with a reply, if it was kept."""
+        with self._lock, self._errors():
+            row = self._db.execute("SELECT request, request_bytes FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None or row[0] is None else _unpack(*row)
+
+    def remember(self, identity: Mapping[str, Any]) -> None:
+        """Note which model answered, so that ``replay`` knows whose keys to compute."""
+        with self._lock, self._errors():
+            self._db.execute("INSERT OR IGNORE INTO clients VALUES (?)", (canonical_json(dict(identity)),))
+            self._commit()
+
+    def identities(self) -> list[dict[str, Any]]:
+        """The models that answered into this file, sorted."""
+        with self._lock, self._errors():
+            return [json.loads(row[0]) for row in self._db.execute("SELECT identity FROM clients ORDER BY identity")]
+
+    def __len__(self) -> int:
+        with self._lock, self._errors():
+            return int(self._db.execute("SELECT count(*) FROM replies").fetchone()[0])
+
+    def commit(self) -> None:
+        """Make everything stored so far safe."""
+        with self._lock, self._errors():
+            self._commit()
+
+    def close(self) -> None:
+        """Commit and close; idempotent."""
+        with self._lock:
+            try:
+                self._db.commit()
+            except sqlite3.ProgrammingError:
+                return
+            self._db.close()
+
+    def _commit(self) -> None:
+        self._db.commit()
+        self._pending, self._last_commit = 0, time.monotonic()
+
+    def _errors(self) -> "_Translate":
+        return _Translate(self.path)
+
+
+class _Translate:
+    """sqlite's errors (full disk, damaged file) as :class:`ArtefactError`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.Error):
+            raise ArtefactError(
+                f"reply cache {self.path}: {error}; free disk space or move the file away, then run again"
+            ) from error
