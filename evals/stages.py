@@ -1,0 +1,250 @@
+"""The stages of the main job, from text to scores. Each returns at once if its artefact is complete.
+
+Stages meet as files; what is kept here between them are open handles, not results.
+"""
+
+import logging
+import shutil
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autointerp.exemplars import ExemplarTable, build_exemplars, sample_latents
+from autointerp.latent_cache import LatentCache, build_latents_many
+from evals.base import SAESubject, subject_info
+from evals.run_config import RunConfig
+from evals.run_log import RunLog
+from sae import checkpoint
+from sae.activations import ActivationStore, capture_activations
+from sae.base import SAE, random_like
+from sae.config import LanguageModelConfig, SubjectMeta
+from sae.errors import ConfigError
+from sae.language_model import LanguageModel
+from sae.manifest import sha256_file
+from sae.tokens import TokenSet, build_tokens, drop_ids
+from sae.train import train_many
+
+logger = logging.getLogger(__name__)
+INTERP_SPLITS = ("explain", "calibrate", "score")
+SAMPLE_TOKENS = 16_384
+
+
+class Pipeline:
+    """Stages 1 to 5: tokens, activations, SAEs, latents, exemplars. Made once per run."""
+
+    def __init__(self, cfg: RunConfig, log: RunLog) -> None:
+        self.cfg, self.log, self.root = cfg, log, cfg.root
+        self._lms: dict[torch.dtype, LanguageModel] = {}
+
+    # -- the language model -------------------------------------------------------------------------------------
+    def lm(self, dtype: str = "auto") -> LanguageModel:
+        """The subject LM; float32 for losses, `auto` for collecting. One object when both are the same type."""
+        wanted = torch.float32 if dtype == "float32" else default_dtype()
+        if wanted not in self._lms:
+            name = str(wanted).removeprefix("torch.")
+            lm_cfg = LanguageModelConfig(ref=self.cfg.model, dtype=name, device=self.cfg.device)  # type: ignore[arg-type]
+            self._lms[wanted] = LanguageModel.load(
+                lm_cfg.ref, revision=lm_cfg.revision, dtype=lm_cfg.dtype, device=lm_cfg.device
+            )
+        return self._lms[wanted]
+
+    def lm_float32(self) -> LanguageModel:
+        return self.lm("float32")
+
+    @cached_property
+    def hookpoint(self) -> str:
+        given = self.given_saes
+        if self.cfg.hookpoint:
+            hookpoint = self.cfg.hookpoint
+        elif given and given[0].cfg.meta is not None:
+            hookpoint = given[0].cfg.meta.hookpoint
+        else:
+            hookpoint = self.lm().default_hookpoint()
+        width = self.lm().check_hookpoint(hookpoint)
+        for sae in given:
+            self._check_sae(sae, hookpoint, width)
+        return hookpoint
+
+    @cached_property
+    def given_saes(self) -> list[SAE]:
+        """The SAEs named with --sae, loaded and self-checked before any work."""
+        return [checkpoint.load(Path(path)).to(self.cfg.device) for path in self.cfg.sae]
+
+    def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
+        lm = self.lm()
+        if sae.d_in != width:
+            raise ConfigError(f"{sae.sae_id} reads {sae.d_in} channels, but {hookpoint} of {lm.name} has {width}; "
+                              "give the model and hookpoint that it was trained on (--model, --hookpoint)")
+        meta = sae.cfg.meta
+        if meta is not None and meta.hookpoint != hookpoint:
+            raise ConfigError(f"{sae.sae_id} was trained at {meta.hookpoint}, the run measures {hookpoint}")
+        if meta is not None and meta.lm_revision != lm.revision:
+            raise ConfigError(f"{sae.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), the run loads {lm.name} "
+                              f"({lm.revision[:12]}); give the right --model")
+
+    # -- tokens and activations ---------------------------------------------------------------------------------
+    @cached_property
+    def tokens(self) -> dict[str, TokenSet]:
+        with self.log.stage("tokens") as stage:
+            lm = self.lm()
+            sets = build_tokens(self.root, self.cfg.tokens_config(), lm.name, lm.tokenizer, force=self.cfg.force)
+            stage.finish((s.folder for s in sets.values()))
+            stage.note = ", ".join(f"{name} {s.n_tokens:,}" for name, s in sets.items())
+            return sets
+
+    def store(self, split: str) -> ActivationStore:
+        """Activations of one split; the norm median comes from the first store made, and serves all (TRAINING 1)."""
+        if split not in self._stores_so_far:
+            self._stores_so_far[split] = self._capture(split)
+        return self._stores_so_far[split]
+
+    @cached_property
+    def _stores_so_far(self) -> dict[str, ActivationStore]:
+        return {}
+
+    def _capture(self, split: str) -> ActivationStore:
+        tokens = self.tokens[split]
+        exact = split == "test"
+        lm = self.lm("float32" if exact else "auto")
+        hookpoint, median = self.hookpoint, self.norm_median(split)
+        with self.log.stage(f"activations: {split}") as stage:
+            store = capture_activations(
+                self.root, lm, tokens, hookpoint, store_dtype="float32" if exact else "bfloat16",
+                filter_cfg=self.cfg.filter, norm_median=median, force=self.cfg.force,
+            )
+            stage.finish([store.folder])
+            rate = store.n_tokens / max(stage.work_seconds, 1e-9)
+            dropped = ", ".join(f"{n} {k}" for k, n in store.n_dropped.items())
+            stage.note = f"{store.n_tokens:,} tokens at {rate:,.0f}/s in {dtype_name(lm)}; dropped {dropped}"
+        self.log.notes.setdefault("dropped_tokens", {})[split] = {"seen": store.n_tokens, **store.n_dropped}
+        return store
+
+    def norm_median(self, split: str) -> float | None:
+        """The constant that fixes the norm filter; None for the store on which it is to be taken."""
+        reference = self.reference_split
+        if self.given_saes and self.given_saes[0].cfg.meta is not None:
+            stored = self.given_saes[0].cfg.meta.token_filter.get("norm_median")
+            if stored is not None:
+                return float(stored)
+        return None if split == reference else self.store(reference).norm_median
+
+    @property
+    def reference_split(self) -> str:
+        """Where constants are fitted: the training text, or the split explain when no SAE is trained."""
+        return "explain" if self.cfg.sae else "train"
+
+    def reference_sample(self) -> torch.Tensor:
+        """Kept activations [<= 16,384, D], evenly spread over the reference store."""
+        store = self.store(self.reference_split)
+        kept = store.kept_N
+        step = max(1, len(kept) // SAMPLE_TOKENS)
+        return store.read(kept[::step][:SAMPLE_TOKENS])
+
+    # -- SAEs ---------------------------------------------------------------------------------------------------
+    @cached_property
+    def trained(self) -> list[SAE]:
+        """Either the SAEs given, or those trained here from one stream of activations."""
+        if self.cfg.sae:
+            _ = self.hookpoint  # checks that they fit the model
+            return self.given_saes
+        store = self.store("train")
+        with self.log.stage("train SAEs") as stage:
+            folders = train_many(self.root, store, self.cfg.train_configs(), self._meta(store), force=self.cfg.force)
+            stage.finish(folders)
+            saes = [checkpoint.load(folder).to(self.cfg.device) for folder in folders]
+            for sae, folder in zip(saes, folders, strict=True):
+                self.folders[sae.sae_id] = folder
+            stage.note = f"{len(saes)} SAEs, {self.cfg.train.train_tokens:,} tokens each"
+        return saes
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        """Checkpoint folder by sae_id."""
+        return {sae.sae_id: Path(path) for sae, path in zip(self.given_saes, self.cfg.sae, strict=True)}
+
+    def _meta(self, store: ActivationStore) -> SubjectMeta:
+        lm, tokens = self.lm(), store.tokens
+        return SubjectMeta(
+            lm=lm.name, lm_revision=lm.revision, hookpoint=self.hookpoint, lm_dtype=dtype_name(lm), lm_slug=lm.slug,
+            context_length_tokens=tokens.L, tokens_key=tokens.key, activations_key=store.key,
+            text_sources=tuple(sorted(set(tokens.sources))),
+            token_filter={
+                "drop_positions": list(self.cfg.filter.drop_positions),
+                "drop_token_ids": list(drop_ids(lm.tokenizer)) if self.cfg.filter.drop_special else [],
+                "norm_multiple": self.cfg.filter.norm_multiple, "norm_median": store.norm_median,
+                "n_seen": store.n_tokens, "n_dropped": dict(store.n_dropped),
+            },
+        )
+
+    @cached_property
+    def random_sae(self) -> SAE:
+        """The floor: isotropic unit decoder, encoder its transpose, same F and L0 as the first SAE (AUTOINTERP 5.4)."""
+        sae = random_like(self.trained[0], self.cfg.seed, self.reference_sample())
+        folder = self.root / "saes" / sae.sae_id
+        if not (folder / "manifest.json").is_file() or self.cfg.force:
+            checkpoint.save(sae, folder, self.reference_sample()[:32])
+        self.folders[sae.sae_id] = folder
+        return checkpoint.load(folder).to(self.cfg.device)
+
+    @cached_property
+    def saes(self) -> list[SAE]:
+        """Trained (or given) SAEs, then the random floor."""
+        return [*self.trained, self.random_sae]
+
+    def subjects(self) -> list[SAESubject]:
+        random_id = self.random_sae.sae_id
+        return [
+            SAESubject(sae, subject_info(sae, sha256_file(self.folders[sae.sae_id] / "sae.safetensors"),
+                                         kind="baseline" if sae.sae_id == random_id else "sae"))
+            for sae in self.saes
+        ]
+
+    # -- latents and exemplars ----------------------------------------------------------------------------------
+    @cached_property
+    def latents(self) -> dict[str, LatentCache]:
+        stores = {split: self.store(split) for split in INTERP_SPLITS}
+        with self.log.stage("latents") as stage:
+            caches = build_latents_many(self.root, self.saes, stores, force=self.cfg.force)
+            stage.finish((cache.folder for cache in caches))
+            return {sae.sae_id: cache for sae, cache in zip(self.saes, caches, strict=True)}
+
+    @cached_property
+    def exemplars(self) -> dict[str, ExemplarTable]:
+        """Exemplars of the sampled latents of every SAE; a subject that fails is reported and left out."""
+        cfg, tables = replace(self.cfg.exemplars, seed=self.cfg.seed), {}
+        caches = self.latents
+        with self.log.stage("exemplars") as stage:
+            for sae_id, cache in caches.items():
+                try:
+                    sample = sample_latents(cache, self.cfg.interp.latents, self.cfg.seed, cfg)
+                    tables[sae_id] = build_exemplars(self.root, cache, sample.latents, cfg, force=self.cfg.force)
+                    self.log.notes.setdefault("latents", {})[sae_id] = {
+                        "alive": sample.alive, "eligible": sample.eligible, "explained": len(sample.latents)}
+                except Exception as error:  # one subject must not stop the others
+                    self.log.fail(sae_id, "exemplars", error)
+            stage.finish((t.folder for t in tables.values()))
+        return tables
+
+
+def default_dtype() -> torch.dtype:
+    from sae.language_model import default_dtype as choose
+
+    return choose()
+
+
+def dtype_name(lm: LanguageModel) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+def free_disk_gb(root: Path) -> float:
+    root = Path(root).absolute()
+    while not root.exists():
+        root = root.parent
+    return shutil.disk_usage(root).free / 1e9
+
+
+def lm_description(lm: LanguageModel) -> dict[str, Any]:
+    return {"name": lm.name, "revision": lm.revision, "d_model": lm.d_model, "layers": lm.n_layers, "dtype": dtype_name(lm)}
