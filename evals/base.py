@@ -6,7 +6,7 @@ N tokens, D = d_in, F = d_sae.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from evals.results import Estimate, Metric, Row, SubjectInfo, make_row
 
@@ -36,6 +36,24 @@ PROVIDES = frozenset({
 })
 
 
+class Contributions(NamedTuple):
+    """Of the A active latents (z > 0) of one token, in rising order of their index."""
+
+    indices_A: "torch.Tensor"
+    values_A: "torch.Tensor"
+    """z, float32."""
+    vectors_AD: "torch.Tensor"
+    """z_i d_i in the LM's units, the per-token output factor included (METRICS 1)."""
+
+
+class Normalisation(NamedTuple):
+    """Per-token statistics of the input norm; both constant for a subject that has none."""
+
+    shift_N: "torch.Tensor"
+    """Subtracted from each channel."""
+    scale_N: "torch.Tensor"
+
+
 @runtime_checkable
 class Subject(Protocol):
     """Something that can be measured: an SAE, or a baseline that answers some of the same questions."""
@@ -46,6 +64,18 @@ class Subject(Protocol):
     def reconstruct(self, x_ND: "torch.Tensor") -> "torch.Tensor": ...
 
     def encode_sparse(self, x_ND: "torch.Tensor") -> "SparseLatents": ...
+
+    def codes_and_reconstruction(self, x_ND: "torch.Tensor") -> "tuple[SparseLatents | None, torch.Tensor]":
+        """Both from one encoding; codes are None where "sparse" is not provided."""
+        ...
+
+    def contributions(self, x_D: "torch.Tensor") -> "Contributions":
+        """What each active latent adds to the reconstruction of one token."""
+        ...
+
+    def normalisation(self, x_ND: "torch.Tensor") -> "Normalisation":
+        """Shift and scale of the space in which the subject computes: it sees about (x - shift) / scale."""
+        ...
 
     def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor": ...
 
@@ -63,6 +93,24 @@ class SAESubject:
 
     def encode_sparse(self, x_ND: "torch.Tensor") -> "SparseLatents":
         return self.sae.encode_sparse(x_ND)
+
+    def codes_and_reconstruction(self, x_ND: "torch.Tensor") -> "tuple[SparseLatents | None, torch.Tensor]":
+        latents = self.sae.encode_sparse(x_ND)
+        return latents, self.sae.decode(latents, x_ND)
+
+    def contributions(self, x_D: "torch.Tensor") -> Contributions:
+        latents = self.sae.encode_sparse(x_D[None])
+        active = latents.values_NK[0] > 0
+        indices, order = latents.indices_NK[0][active].long().sort()
+        values = latents.values_NK[0][active][order]
+        scaled = values * self.sae.output_scale(x_D[None])[0]
+        return Contributions(indices, values, scaled[:, None] * self.sae.W_dec_FD[indices])
+
+    def normalisation(self, x_ND: "torch.Tensor") -> Normalisation:
+        norm = self.sae.cfg.input_norm
+        centred = norm.kind == "layer_norm" or (norm.kind == "unit_norm" and norm.center)
+        shift = x_ND.mean(dim=-1) if centred else x_ND.new_zeros(len(x_ND))
+        return Normalisation(shift, self.sae.output_scale(x_ND).expand(len(x_ND)))
 
     def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor":
         return self.sae.pre_activations(x_ND, columns)
