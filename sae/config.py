@@ -222,7 +222,7 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         require(self.format == "saescope", f"cfg.format must be 'saescope', got {self.format!r}")
-        require(self.format_version == 1, f"cfg.format_version {self.format_version} is newer than this saescope reads (1)")
+        require(self.format_version == 1, f"cfg.format_version {self.format_version}: this saescope reads only 1")
         require(min(self.d_in, self.d_out, self.d_sae) >= 1, "d_in, d_out and d_sae must be positive")
         require(
             self.activation != "topk" or (self.k is not None and 1 <= self.k <= self.d_sae),

@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from sae.errors import ArtefactError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "manifest.json"
 KEY_HEX_DIGITS = 16
@@ -30,6 +31,8 @@ KEY_HEX_DIGITS = 16
 
 def plain(value: Any) -> Any:
     """What ``json`` cannot write by itself: dataclasses, paths, numpy scalars and arrays, sets."""
+    import numpy as np  # lazily: every door's --help passes through this module
+
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, np.generic):
@@ -62,8 +65,10 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def rng(*parts: object) -> np.random.Generator:
+def rng(*parts: object) -> "np.random.Generator":
     """A generator that depends on ``parts`` alone (seed, sae_id, latent, purpose, ...), never on the order of calls."""
+    import numpy as np
+
     text = "|".join(str(p) for p in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
@@ -88,7 +93,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete artefact, its files present at their recorded size; :class:`ArtefactError` otherwise."""
+    """The manifest of a complete artefact, its files present at their recorded size; else :class:`ArtefactError`."""
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
