@@ -1,0 +1,152 @@
+"""``--dry-run``: what would run, and what it would cost in minutes, memory, disk and LLM tokens.
+
+Time = multiply-adds x 2 / measured speed of this machine; the speed is taken from one matrix product of the language
+model's own shape, in the type that will be used. D = d_in, F = d_sae, P = parameters below the hookpoint.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.measure import select
+from evals.run_config import RunConfig
+from evals.stages import free_disk_gb
+from sae import console
+from sae.language_model import LanguageModel, default_dtype
+
+LM_EFFICIENCY = 0.75
+"""Share of the plain product's speed that a whole forward pass reaches (attention, norms, softmax)."""
+TRAIN_EFFICIENCY = 0.6
+SPLITS = ("train", "explain", "calibrate", "score", "test")
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One stage of the plan."""
+
+    stage: str
+    seconds: float
+    detail: str
+    disk_gb: float = 0.0
+    llm_tokens: int = 0
+
+
+def machine_flops(dtype: torch.dtype, device: str, rows: int = 1024, d: int = 576, width: int = 1536) -> float:
+    """Multiply-adds x 2 per second of a [rows, d] x [d, width] product; best of five."""
+    a = torch.randn(rows, d, device=device, dtype=dtype)
+    b = torch.randn(d, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        begun = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - begun) / 4)
+    return 2 * rows * d * width / best
+
+
+def block_parameters(lm: LanguageModel) -> tuple[int, int]:
+    """(parameters of one block, parameters of the unembedding)."""
+    total = sum(p.numel() for p in lm.model.parameters())
+    embedding = lm.vocab_size * lm.d_model
+    return max(1, (total - embedding) // lm.n_layers), embedding
+
+
+def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> list[PlanLine]:
+    """Lines of the plan, in the order of the run."""
+    speed = machine_flops(default_dtype(), cfg.device)
+    speed32 = machine_flops(torch.float32, cfg.device)
+    block, unembed = block_parameters(lm)
+    digits = [int(part) for part in hookpoint.split(":")[0].split(".") if part.isdigit()]
+    below = block * ((digits[0] + 1) if digits else lm.n_layers)
+    above = block * lm.n_layers - below + unembed
+    lower_s = 2 * below / (speed * LM_EFFICIENCY)
+    lower32_s, upper_s = 2 * below / (speed32 * LM_EFFICIENCY), 2 * above / (speed32 * LM_EFFICIENCY)
+    lines = [PlanLine("tokens", 2 + sum(cfg.tokens.split_tokens(s) for s in SPLITS) / 40_000, "read, clean, tokenise")]
+    for split in SPLITS:
+        if split == "train" and cfg.sae:
+            continue
+        n = cfg.tokens.split_tokens(split)
+        width = 4 if split == "test" else 2
+        each = lower32_s if split == "test" else lower_s
+        lines.append(PlanLine(f"activations: {split}", n * each, f"{n:,} tokens to {hookpoint}", n * d_in * width / 1e9))
+    n_saes = len(cfg.sae) or len(cfg.architectures)
+    if not cfg.sae:
+        lines.append(_train_line(cfg, d_in, speed32))
+    lines.extend(_interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s))
+    for evaluation in select(cfg.evals):
+        lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
+    lines.append(PlanLine("leaderboard and pages", 5, ""))
+    return lines
+
+
+def _train_line(cfg: RunConfig, d_in: int, speed: float) -> PlanLine:
+    t = cfg.train
+    products = {"topk": 2.5, "relu": 5}
+    flops = sum(products.get(a, 5) * 2 * d_in * t.d_sae * t.train_tokens for a in cfg.architectures)
+    detail = f"{', '.join(cfg.architectures)}; {t.d_sae:,} latents; {t.train_tokens:,} tokens each"
+    disk = len(cfg.architectures) * 2 * d_in * t.d_sae * 4 / 1e9
+    return PlanLine("train SAEs", flops / (speed * TRAIN_EFFICIENCY), detail, disk)
+
+
+def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: float) -> list[PlanLine]:
+    i, e = cfg.interp, cfg.exemplars
+    held = cfg.tokens.explain_tokens + cfg.tokens.calibrate_tokens + cfg.tokens.score_tokens
+    k = cfg.train.k or 64
+    lines = [PlanLine("latents", n_subjects * held / 15_000, f"{n_subjects} SAEs x {held:,} tokens", n_subjects * held * k * 6 / 1e9)]
+    n2g_tokens = i.latents * e.explain_random * 40 if "n2g" in i.explainers else 0
+    windows = e.score_positive + e.score_silent + 2 * e.score_hard + e.calibrate_positive + e.calibrate_silent
+    llm_tokens = 0
+    if "pmi" in i.explainers:
+        llm_tokens += i.latents * 6 * 60
+    if "surprisal" in i.scorers:
+        llm_tokens += i.latents * 2 * 30 * 45
+    prompted = [s for s in (*i.explainers, *i.scorers) if s in ("highlighted", "detection", "fuzzing")]
+    llm_tokens += i.latents * len(prompted) * 4_000
+    local = i.client == "transformers"
+    lines.append(PlanLine(
+        "explanations", n_subjects * (n2g_tokens * lower_s + (i.latents * 6 * 60 * whole_s if local else 0)),
+        f"{i.latents} latents of {n_subjects} SAEs by {', '.join(i.explainers)}",
+    ))
+    seconds = n_subjects * i.latents * windows / 120
+    if local:
+        seconds += n_subjects * i.latents * 2 * 30 * 45 * whole_s * ("surprisal" in i.scorers)
+    lines.append(PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0, n_subjects * llm_tokens))
+    return lines
+
+
+def _eval_line(evaluation: Any, cfg: RunConfig, n_saes: int, lower_s: float, upper_s: float) -> PlanLine:
+    """An evaluation may offer ``lm_tokens(preset, n_subjects) -> (tokens below, tokens above the hookpoint)``."""
+    subjects = n_saes + 1
+    estimate = getattr(evaluation, "lm_tokens", None)
+    below, above = estimate(cfg.preset, subjects) if estimate else (0, 0)
+    detail = f"{below:,} tokens below, {above:,} above the hookpoint" if below or above else "no LM pass"
+    return PlanLine(f"eval: {evaluation.name}", 3 * subjects + below * lower_s + above * upper_s, detail)
+
+
+def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
+    """Peak resident memory: interpreter and libraries, LM, SAEs with gradients and Adam, one encoded block."""
+    lm_bytes = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    saes = (len(cfg.sae) or len(cfg.architectures)) * 2 * d_in * cfg.train.d_sae * 4 * 4
+    block = 3 * cfg.train.batch_tokens * cfg.train.d_sae * 4
+    logits = 2 * 1024 * lm.vocab_size * 4
+    return (0.9e9 + lm_bytes + saes + max(block, logits)) / 1e9
+
+
+def print_plan(cfg: RunConfig) -> None:
+    """Print the plan; reads the model (seconds), computes nothing else."""
+    lm = LanguageModel.load(cfg.model, dtype=str(default_dtype()).removeprefix("torch."), device=cfg.device)
+    hookpoint = cfg.hookpoint or lm.default_hookpoint()
+    d_in = lm.check_hookpoint(hookpoint)
+    lines = make_plan(cfg, lm, hookpoint, d_in)
+    rows = [(p.stage, f"{p.seconds / 60:.1f}", f"{p.disk_gb:.2f}" if p.disk_gb else "", f"{p.llm_tokens:,}" if p.llm_tokens else "", p.detail)
+            for p in lines]
+    disk = sum(p.disk_gb for p in lines)
+    rows.append(("total", f"{sum(p.seconds for p in lines) / 60:.1f}", f"{disk:.2f}", f"{sum(p.llm_tokens for p in lines):,}", ""))
+    console.table(f"Plan: preset {cfg.preset}, {lm.name} at {hookpoint}", ("stage", "minutes", "disk GB", "LLM tokens", "detail"), rows, right=(1, 2, 3))
+    console.say(f"memory: about {memory_gb(cfg, lm, d_in):.1f} GB; disk: {disk:.2f} GB of {free_disk_gb(Path(cfg.root)):.1f} GB free")
+    console.say("Stages that are complete under the same configuration are reused; nothing was run.")
