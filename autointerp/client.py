@@ -206,7 +206,10 @@ class CachedClient:
                         self.cache.put(keys[i], to_dict(answer), request=request_dict(missing[keys[i]]))
 
                 try:
-                    send([missing[k] for k in round_keys], on_reply=keep)
+                    replies = send([missing[k] for k in round_keys], on_reply=keep)
+                    for i, answer in enumerate(replies):
+                        if round_keys[i] not in answers:  # a back-end without on_reply
+                            keep(i, answer)
                 finally:
                     if self.cache is not None:
                         self.cache.commit()
