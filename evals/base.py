@@ -143,7 +143,7 @@ class EvalContext:
     """The float32 subject LM, loaded on the first call and kept."""
     latents: "LatentCache | None" = None
     probes: Any = None
-    """evals.probe_datasets.ProbeActivations."""
+    """evals.probe_activations.ProbeActivations."""
     scores: "Path | None" = None
     """Folder of finished scores (autointerp.pipeline.open_scores)."""
     shared: dict[str, Any] = field(default_factory=dict)
