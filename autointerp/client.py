@@ -8,6 +8,7 @@ Torch-free; importing it opens no socket, reads no key and loads no model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -42,6 +43,10 @@ __all__ = [
     "LogprobReply", "LogprobRequest", "Message", "NextTokenRequest", "OnReply", "Origin", "Reply", "Request",
     "SlotRequest", "Usage", "Verb", "check_capability", "count_tokens", "expected_tokens", "open_client", "request_key",
 ]  # fmt: skip
+
+LOCAL_BLOCK_REQUESTS = 128
+"""A local model computes requests in blocks of the caller's order, and a block is stored whole or not at all: the last
+bits of a float32 product depend on what else is in the batch, so a resumed run must see the same batches."""
 
 R = TypeVar("R", Reply, LogprobReply)
 OnReply = Callable[[int, Any], None]
@@ -119,6 +124,10 @@ def expected_tokens(client: Client, request: Request) -> int:
             return len(request.ids)
 
 
+def _shifted(on_reply: OnReply, start: int) -> OnReply:
+    return lambda i, answer: on_reply(start + i, answer)
+
+
 class CachedClient:
     """A client with a memory, a ledger and a budget.
 
@@ -163,6 +172,12 @@ class CachedClient:
     def _answer(
         self, requests: Sequence[Any], send: Callable[..., Any], kind: type[R], on_reply: OnReply | None
     ) -> list[R | Failure]:
+        if self.capabilities.local and len(requests) > LOCAL_BLOCK_REQUESTS:
+            out: list[R | Failure] = []
+            for start in range(0, len(requests), LOCAL_BLOCK_REQUESTS):
+                offset = None if on_reply is None else _shifted(on_reply, start)
+                out += self._answer(requests[start : start + LOCAL_BLOCK_REQUESTS], send, kind, offset)
+            return out
         keys = [request_key(self.identity, r) for r in requests]
         answers: dict[str, Any] = {}
         stored = self.cache.get_many(keys) if self.cache is not None else {}
@@ -171,7 +186,7 @@ class CachedClient:
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in answers}  # equal requests: sent once
         if missing:
             self._send(missing, send, answers)
-        out: list[R | Failure] = []
+        out = []
         for i, (key, request) in enumerate(zip(keys, requests, strict=True)):
             answer = answers[key]
             self.ledger.add(
@@ -205,14 +220,11 @@ class CachedClient:
                     if self.cache is not None:
                         self.cache.put(keys[i], to_dict(answer), request=request_dict(missing[keys[i]]))
 
-                try:
+                with self.cache.batch(atomic=self.capabilities.local) if self.cache is not None else nullcontext():
                     replies = send([missing[k] for k in round_keys], on_reply=keep)
                     for i, answer in enumerate(replies):
                         if round_keys[i] not in answers:  # a back-end without on_reply
                             keep(i, answer)
-                finally:
-                    if self.cache is not None:
-                        self.cache.commit()
                 waiting = [k for k in waiting if k not in answers]
 
     def _affordable(self, waiting: list[str], requests: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class ReplyCache:
         self.path, self.keep_requests = Path(path), keep_requests
         self._lock = threading.Lock()
         self._pending = 0
+        self._atomic = False
         self._last_commit = time.monotonic()
         if must_exist and not self.path.is_file():
             raise ArtefactError(f"there is no reply cache {self.path}; run the stage once with a real client")
@@ -106,8 +108,24 @@ class ReplyCache:
         with self._lock, self._errors():
             self._db.execute("INSERT OR REPLACE INTO replies VALUES (?,?,?,?,?,?,?,?,?,?)", row)
             self._pending += 1
-            if self._pending >= COMMIT_EVERY_REPLIES or time.monotonic() - self._last_commit > COMMIT_EVERY_S:
+            late = time.monotonic() - self._last_commit > COMMIT_EVERY_S
+            if not self._atomic and (late or self._pending >= COMMIT_EVERY_REPLIES):
                 self._commit()
+
+    @contextmanager
+    def batch(self, *, atomic: bool) -> Iterator[None]:
+        """Put several replies. ``atomic``: all of them or, after an error or a kill, none. Otherwise each stays."""
+        self._atomic = atomic
+        try:
+            yield
+        except BaseException:
+            if atomic:
+                with self._lock:
+                    self._db.rollback()
+            raise
+        finally:
+            self._atomic = False
+            self.commit()
 
     def request(self, key: str) -> dict[str, Any] | None:
         """The request stored with a reply, if it was kept."""
@@ -148,21 +166,12 @@ class ReplyCache:
         self._db.commit()
         self._pending, self._last_commit = 0, time.monotonic()
 
-    def _errors(self) -> "_Translate":
-        return _Translate(self.path)
-
-
-class _Translate:
-    """sqlite's errors (full disk, damaged file) as :class:`ArtefactError`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, sqlite3.Error):
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """sqlite's errors (full disk, damaged file) as :class:`ArtefactError`."""
+        try:
+            yield
+        except sqlite3.Error as error:
             raise ArtefactError(
                 f"reply cache {self.path}: {error}; free disk space or move the file away, then run again"
             ) from error
