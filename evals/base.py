@@ -81,39 +81,46 @@ class Subject(Protocol):
 
 
 class SAESubject:
-    """A trained (or random) SAE as a subject."""
+    """A trained (or random) SAE as a subject. Input may lie on another device; answers come back to it."""
 
     provides = PROVIDES
 
     def __init__(self, sae: "SAE", info: SubjectInfo) -> None:
         self.sae, self.info = sae, info
 
+    def _here(self, x: "torch.Tensor") -> "torch.Tensor":
+        return x.to(self.sae.W_dec_FD.device)
+
     def reconstruct(self, x_ND: "torch.Tensor") -> "torch.Tensor":
-        return self.sae(x_ND)
+        return self.sae(self._here(x_ND)).to(x_ND.device)
 
     def encode_sparse(self, x_ND: "torch.Tensor") -> "SparseLatents":
-        return self.sae.encode_sparse(x_ND)
+        latents = self.sae.encode_sparse(self._here(x_ND))
+        return type(latents)(*(part.to(x_ND.device) for part in latents))
 
     def codes_and_reconstruction(self, x_ND: "torch.Tensor") -> "tuple[SparseLatents | None, torch.Tensor]":
-        latents = self.sae.encode_sparse(x_ND)
-        return latents, self.sae.decode(latents, x_ND)
+        x = self._here(x_ND)
+        latents = self.sae.encode_sparse(x)
+        x_hat = self.sae.decode(latents, x).to(x_ND.device)
+        return type(latents)(*(part.to(x_ND.device) for part in latents)), x_hat
 
     def contributions(self, x_D: "torch.Tensor") -> Contributions:
-        latents = self.sae.encode_sparse(x_D[None])
+        x = self._here(x_D[None])
+        latents = self.sae.encode_sparse(x)
         active = latents.values_NK[0] > 0
         indices, order = latents.indices_NK[0][active].long().sort()
         values = latents.values_NK[0][active][order]
-        scaled = values * self.sae.output_scale(x_D[None])[0]
-        return Contributions(indices, values, scaled[:, None] * self.sae.W_dec_FD[indices])
+        vectors = (values * self.sae.output_scale(x)[0])[:, None] * self.sae.W_dec_FD[indices]
+        return Contributions(*(part.to(x_D.device) for part in (indices, values, vectors)))
 
     def normalisation(self, x_ND: "torch.Tensor") -> Normalisation:
         norm = self.sae.cfg.input_norm
         centred = norm.kind == "layer_norm" or (norm.kind == "unit_norm" and norm.center)
         shift = x_ND.mean(dim=-1) if centred else x_ND.new_zeros(len(x_ND))
-        return Normalisation(shift, self.sae.output_scale(x_ND).expand(len(x_ND)))
+        return Normalisation(shift, self.sae.output_scale(self._here(x_ND)).expand(len(x_ND)).to(x_ND.device))
 
     def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor":
-        return self.sae.pre_activations(x_ND, columns)
+        return self.sae.pre_activations(self._here(x_ND), columns).to(x_ND.device)
 
 
 def subject_info(sae: "SAE", sha256: str, *, kind: str = "sae") -> SubjectInfo:

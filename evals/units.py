@@ -2,8 +2,8 @@
 
 N tokens of a block, B rows, L tokens per row, D = d_in, U units (documents), S named sums.
 
-The details table of an evaluation has one row per unit: a column `unit`, and for each metric that is a ratio of sums the
-columns `<metric>.num` and `<metric>.den`. From these `evals.compare` computes paired differences of two subjects.
+The details table of an evaluation has one row per unit: a column `unit`, and for each metric that is a ratio of sums
+the columns `<metric>.num` and `<metric>.den`. From these `evals.compare` computes paired differences of two subjects.
 """
 
 import hashlib
@@ -68,6 +68,29 @@ class UnitSums:
         return float(self.get(name).sum())
 
 
+class UnitVectors:
+    """Float64 vector sums per unit, in the same manner."""
+
+    def __init__(self, width: int) -> None:
+        self._index: dict[int, int] = {}
+        self._sums: Floats = np.zeros((0, width))
+
+    def add(self, unit_N: npt.ArrayLike, vectors_ND: npt.ArrayLike) -> None:
+        vectors = np.asarray(vectors_ND, dtype=np.float64)
+        names, inverse = np.unique(np.asarray(unit_N, dtype=np.int64), return_inverse=True)
+        slots = np.array([self._index.setdefault(int(u), len(self._index)) for u in names], dtype=np.int64)
+        missing = len(self._index) - len(self._sums)
+        if missing:
+            self._sums = np.concatenate([self._sums, np.zeros((missing, self._sums.shape[1]))])
+        order = np.argsort(inverse, kind="stable")
+        starts = np.searchsorted(inverse[order], np.arange(len(names)))
+        self._sums[slots] += np.add.reduceat(vectors[order], starts, axis=0)
+
+    def get(self) -> Floats:
+        """[U, D], units in rising order."""
+        return self._sums[[self._index[u] for u in sorted(self._index)]]
+
+
 def ratio_table(units: npt.ArrayLike, ratios: Mapping[str, tuple[Floats, Floats]]) -> "pd.DataFrame":
     """The details table: `unit`, and numerator and denominator of each metric."""
     import pandas as pd
@@ -113,21 +136,31 @@ def blocks(store: "ActivationStore", rows: Ints, block_tokens: int, title: str) 
             bar.advance(flat.size)
 
 
-def set_mean(ctx: "EvalContext", store: "ActivationStore", rows: Ints) -> "torch.Tensor":
-    """Mean activation [D] (float64) of the filtered tokens of ``rows``; computed once per run.
+class SetMeans(NamedTuple):
+    """Mean activations [D] of a set of rows, float64."""
 
-    It depends on no subject, and is the mean of the whole set, never of a batch.
+    filtered_D: "torch.Tensor"
+    """Over the tokens that pass the filter: the mean predictor and the mean ablation."""
+    all_D: "torch.Tensor"
+
+
+def set_means(ctx: "EvalContext", store: "ActivationStore", rows: Ints) -> SetMeans:
+    """Means over the chosen rows; computed once per run.
+
+    They depend on no subject, and are of the whole set, never of a batch.
     """
     import torch
 
-    def build() -> "torch.Tensor":
-        total, n = torch.zeros(store.d_in, dtype=torch.float64), 0
+    def build() -> SetMeans:
+        kept, rest = (torch.zeros(store.d_in, dtype=torch.float64) for _ in range(2))
+        n_kept = n_rest = 0
         for block in blocks(store, rows, BLOCK_TOKENS, "mean activation"):
-            kept = block.x_BLD[torch.from_numpy(block.keep_BL)]
-            total += kept.double().sum(dim=0)
-            n += len(kept)
-        return total / max(n, 1)
+            keep = torch.from_numpy(block.keep_BL)
+            kept += block.x_BLD[keep].double().sum(dim=0)
+            rest += block.x_BLD[~keep].double().sum(dim=0)
+            n_kept, n_rest = n_kept + int(keep.sum()), n_rest + int((~keep).sum())
+        return SetMeans(kept / max(n_kept, 1), (kept + rest) / max(n_kept + n_rest, 1))
 
     digest = hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
-    mean: torch.Tensor = ctx.memo(f"mean.{store.key}.{digest}", build)
-    return mean
+    means: SetMeans = ctx.memo(f"means.{store.key}.{digest}", build)
+    return means
