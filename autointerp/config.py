@@ -27,10 +27,15 @@ class ExemplarConfig:
     """Spread evenly over the quantile groups."""
     score_silent: int = 20
     score_hard: int = 10
-    """Per hard kind: same_token, co_occurring."""
+    """Per hard kind: same_token, co_occurring; half as many for decoder_near."""
+    min_windows: tuple[int, int, int] = (10, 5, 20)
+    """A latent is eligible with this many positive windows in explain, calibrate and score."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(len(self.min_windows) == 3, f"min_windows wants three numbers, got {self.min_windows}")
+        require(0 <= self.left_tokens < self.window_tokens, "left_tokens must be smaller than window_tokens")
+        require(self.n_groups >= 1, f"n_groups must be positive, got {self.n_groups}")
         require(self.window_tokens >= self.min_window_tokens >= 1, "window_tokens must be at least min_window_tokens")
 
 

@@ -114,7 +114,7 @@ class PatternSet:
             raise ConfigError(f"not a dumped pattern set ({error!r}); build the patterns again") from error
 
     def words(self, decode: Callable[[list[int]], str], limit: int = 6) -> str:
-        """The most frequent distinct patterns in words, e.g. ``"... court of *"; "... law"``: what a text judge reads."""
+        """The most frequent distinct patterns in words, as a text judge reads them: ``"... court of *"; "... law"``."""
         seen: dict[str, None] = {}
         ordered = sorted(self.patterns, key=lambda p: (-p.n_docs, -p.value, [-1 if i is None else i for i in p.ids]))
         for pattern in ordered:

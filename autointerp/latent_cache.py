@@ -1,0 +1,325 @@
+"""Latent cache: every nonzero activation of an SAE on held-out text, sorted by latent (AUTOINTERP 1, HOUSE arrow 4).
+
+N flat tokens (n = row * L + position), D = d_in, F = d_sae, W tokens per grid window. Dropped tokens (the token filter)
+are never encoded: they are neither positive nor negative evidence. Several SAEs share one read of the store.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from autointerp import latent_sort, latent_stats, neighbours
+from autointerp.config import ExemplarConfig
+from autointerp.latent_sort import EntrySorter, split_files
+from autointerp.records import EXPLAIN, INTERP_SPLITS
+from autointerp.windows import Windows, grid_windows
+from sae.console import progress
+from sae.errors import ArtefactError, ConfigError, LeakError
+from sae.manifest import Writer, artefact_dir, is_complete, key_of, read_manifest, rng, writing
+
+if TYPE_CHECKING:
+    from sae.activations import ActivationStore
+    from sae.base import SAE
+    from sae.tokens import TokenSet
+
+KIND, STAGE_VERSION = "latents", 1
+BLOCK_TOKENS = 4096
+EAGER_NEIGHBOURS_D_SAE = 16_384
+"""Up to this many latents all decoder neighbours are computed when the cache is made (F^2 D work, seconds)."""
+
+
+class Entries(NamedTuple):
+    """Nonzero activations of one latent on one split."""
+
+    flat_n: NDArray[np.uint32]
+    """Ascending flat token indices."""
+    value_n: NDArray[np.float32]
+    """Activations there, in the LM's own units."""
+
+
+class SampledLatents(NamedTuple):
+    """A uniform draw among the eligible."""
+
+    latents: NDArray[np.int64]
+    """Ascending."""
+    n_alive: int
+    """Latents with any activation."""
+    n_eligible: int
+    n_requested: int
+
+
+def sae_hash(sae: "SAE") -> str:
+    """SHA-256 over cfg and the names, shapes and bytes of the weights: a renamed file cannot pass for another SAE."""
+    digest = hashlib.sha256(repr(sae.cfg).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        array = tensor.detach().float().cpu().contiguous().numpy()
+        digest.update(f"{name}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _check_stores(saes: Sequence["SAE"], stores: Mapping[str, "ActivationStore"], allow_train_tokens: bool) -> None:
+    if EXPLAIN not in stores or not set(stores) <= set(INTERP_SPLITS):
+        raise ConfigError(f"stores for splits {sorted(stores)}: expected explain and any of {', '.join(INTERP_SPLITS)}")
+    for split, store in stores.items():
+        if store.n_tokens >= 2**32:
+            raise ConfigError(f"split {split} has {store.n_tokens} tokens; a latent cache holds fewer than 2^32")
+        for sae in saes:
+            if sae.d_in != store.d_in:
+                raise ConfigError(f"{sae.sae_id} reads width {sae.d_in}, but the {split} activations have {store.d_in}")
+            meta = sae.cfg.meta
+            if meta is not None and meta.tokens_key == store.tokens.key and not allow_train_tokens:
+                raise LeakError(
+                    f"{sae.sae_id} was trained on the tokens of split {split} ({store.tokens.key}); "
+                    "choose held-out text, or pass allow_train_tokens to look anyway"
+                )
+
+
+def build_latents(
+    root: Path, sae: "SAE", stores: Mapping[str, "ActivationStore"], *, force: bool = False, **options: Any
+) -> "LatentCache":
+    """:func:`build_latents_many` for one SAE."""
+    return build_latents_many(root, [sae], stores, force=force, **options)[0]
+
+
+def build_latents_many(
+    root: Path,
+    saes: Sequence["SAE"],
+    stores: Mapping[str, "ActivationStore"],
+    *,
+    window_tokens: int = 32,
+    min_window_tokens: int = 8,
+    allow_train_tokens: bool = False,
+    block_tokens: int = BLOCK_TOKENS,
+    force: bool = False,
+) -> list["LatentCache"]:
+    """Caches of several SAEs of one hookpoint; each block of activations is read once for all of them.
+
+    ``stores`` maps explain, calibrate, score to their activations. Writes ``latents/<key>/`` per SAE and skips those
+    that are complete. Raises :class:`LeakError` for an SAE trained on these tokens, :class:`ConfigError` for widths
+    that do not fit.
+    """
+    _check_stores(saes, stores, allow_train_tokens)
+    config = {"window_tokens": window_tokens, "min_window_tokens": min_window_tokens}
+    folders, pending = [], []
+    for sae in saes:
+        inputs = {"sae": sae_hash(sae)} | {f"activations.{s}": store.key for s, store in sorted(stores.items())}
+        key = key_of(KIND, STAGE_VERSION, config, inputs)
+        folders.append(artefact_dir(root, KIND, key))
+        if force or not is_complete(folders[-1]):
+            pending.append((sae, folders[-1], key, inputs))
+    if pending:
+        with ExitStack() as stack:
+            builders = []
+            for sae, folder, key, inputs in {str(p[1]): p for p in pending}.values():
+                stage = writing(folder, kind=KIND, key=key, stage_version=STAGE_VERSION, config=config, inputs=inputs)
+                builders.append(_Builder(sae, stack.enter_context(stage), folder, config))
+            _encode(builders, stores, block_tokens)
+    return [LatentCache.open(folder) for folder in folders]
+
+
+def _encode(builders: Sequence["_Builder"], stores: Mapping[str, "ActivationStore"], block_tokens: int) -> None:
+    splits = [s for s in INTERP_SPLITS if s in stores]
+    total = sum(stores[s].n_kept for s in splits)
+    with progress("Latent cache", total=total, unit="tokens") as bar:
+        for split in splits:
+            store = stores[split]
+            for builder in builders:
+                builder.begin(split)
+            kept = np.asarray(store.kept_N)
+            for low in range(0, kept.size, block_tokens):
+                flat = kept[low : low + block_tokens]
+                x_ND = store.read(flat)
+                for builder in builders:
+                    builder.add(x_ND, flat)
+                bar.advance(flat.size)
+            for builder in builders:
+                builder.end(split, store)
+    for builder in builders:
+        builder.finish()
+
+
+class _Builder:
+    """One SAE's cache in the making."""
+
+    def __init__(self, sae: "SAE", writer: Writer, folder: Path, config: dict[str, int]) -> None:
+        self.sae, self.writer, self.folder, self.config = sae, writer, folder, config
+        self.stats: dict[str, latent_stats.SplitStats] = {}
+        self.description: dict[str, Any] = {"sae_id": sae.sae_id, "d_sae": sae.d_sae, "splits": {}, **config}
+
+    def begin(self, split: str) -> None:
+        self.sorter = EntrySorter(self.writer.path / f"scratch_{split}", self.sae.d_sae)
+
+    def add(self, x_ND: Any, flat_n: NDArray[np.int64]) -> None:
+        import torch
+
+        with torch.no_grad():
+            values_NK, indices_NK = self.sae.encode_sparse(x_ND.to(self.sae.W_enc_DF.device))
+        values = values_NK.float().cpu().numpy()
+        token, slot = np.nonzero(values > 0)
+        self.sorter.add(flat_n[token], indices_NK.cpu().numpy()[token, slot], values[token, slot])
+
+    def end(self, split: str, store: "ActivationStore") -> None:
+        keep = np.asarray(store.keep_N, dtype=bool)
+        doc = np.asarray(store.doc_of_N)
+        tokens = store.tokens
+        windows = grid_windows(keep, doc, tokens.L, **self.config)
+        stats = latent_stats.SplitStats(
+            self.sae.d_sae, np.asarray(tokens.tokens_BL).reshape(-1), keep, doc, windows, shapes=split == EXPLAIN
+        )
+        files = split_files(self.writer.path, split)
+        # Plain appends behind a header written for the known size: no second copy in memory, no sparse file.
+        n = int(self.sorter.counts_F.sum()) + self.sorter.buffered
+        flat = np.lib.format.open_memmap(files.flat, mode="w+", dtype=np.uint32, shape=(n,))
+        value = np.lib.format.open_memmap(files.value, mode="w+", dtype=np.float16, shape=(n,))
+        low = 0
+        for chunk in self.sorter.chunks():
+            scale = stats.add(chunk)
+            high = low + chunk.flat.size
+            flat[low:high] = chunk.flat
+            value[low:high] = latent_sort.to_half(chunk.value, scale[chunk.segment])
+            low = high
+        flat.flush()
+        value.flush()
+        np.save(files.ptr, np.concatenate([[0], np.cumsum(stats.n_active)]).astype(np.uint64))
+        np.save(files.scale, stats.max_act)
+        np.save(files.keep, keep)
+        self.sorter.close()
+        self.stats[split] = stats
+        where = os.path.relpath(tokens.folder, self.folder)
+        self.description["splits"][split] = {"tokens": where, "tokens_key": tokens.key, "n_windows": len(windows)}
+        self.writer.counts[split] = {"n_kept": stats.n_kept, "n_entries": n, "n_windows": len(windows)}
+
+    def finish(self) -> None:
+        table = latent_stats.frame(self.stats)
+        decoder = self.sae.W_dec_FD.detach().float()
+        table["decoder_norm"] = decoder.norm(dim=1).cpu().numpy()
+        table["encoder_norm"] = self.sae.W_enc_DF.detach().float().norm(dim=0).cpu().numpy()
+        if self.sae.d_sae <= EAGER_NEIGHBOURS_D_SAE:
+            near, cosine = neighbours.nearest_decoders(self.sae, np.arange(self.sae.d_sae))
+            table["nearest"], table["nearest_cosine"] = near.tolist(), cosine.tolist()
+        table.to_parquet(self.writer.path / "latents.parquet", compression="zstd")
+        text = json.dumps(self.description, indent=1, sort_keys=True)
+        (self.writer.path / "cache.json").write_text(text + "\n", encoding="utf-8")
+        self.writer.counts |= {"n_latents": self.sae.d_sae, "n_alive": int((table["n_active"] > 0).sum())}
+
+
+class LatentCache:
+    """Reader of ``latents/<key>/``."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        if manifest["kind"] != KIND or manifest["stage_version"] != STAGE_VERSION:
+            found = f"{manifest['kind']} v{manifest['stage_version']}"
+            raise ArtefactError(f"{folder} holds {found}, expected {KIND} v{STAGE_VERSION}; build the cache again")
+        self.folder = Path(folder)
+        self.key: str = manifest["key"]
+        self.counts: dict[str, Any] = manifest["counts"]
+        self._about = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
+        self.sae_id: str = self._about["sae_id"]
+        self.d_sae: int = self._about["d_sae"]
+        self.window_tokens: int = self._about["window_tokens"]
+        self.min_window_tokens: int = self._about["min_window_tokens"]
+        self.splits: tuple[str, ...] = tuple(s for s in INTERP_SPLITS if s in self._about["splits"])
+        self._arrays: dict[str, tuple[NDArray[Any], ...]] = {}
+        self._tokens: dict[str, TokenSet] = {}
+        self._windows: dict[str, Windows] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "LatentCache":
+        """:class:`ArtefactError` if the folder is not a complete latent cache."""
+        return cls(folder)
+
+    @cached_property
+    def stats(self) -> pd.DataFrame:
+        """One row per latent, see :mod:`autointerp.latent_stats`; unsuffixed strengths are of the split explain."""
+        return pd.read_parquet(self.folder / "latents.parquet")
+
+    def _split(self, split: str) -> tuple[NDArray[Any], ...]:
+        if split not in self.splits:
+            raise ConfigError(f"latent cache {self.key} has splits {', '.join(self.splits)}, not {split!r}")
+        if split not in self._arrays:
+            files = split_files(self.folder, split)
+            mapped = (np.load(path, mmap_mode="r") for path in (files.flat, files.value))
+            ptr = np.load(files.ptr).astype(np.int64)
+            self._arrays[split] = (ptr, *mapped, np.load(files.scale), np.load(files.keep))
+        return self._arrays[split]
+
+    def entries(self, latent: int, split: str) -> Entries:
+        """All nonzero activations of one latent on one split."""
+        if not 0 <= latent < self.d_sae:
+            raise ConfigError(f"{self.sae_id} has latents 0..{self.d_sae - 1}, not {latent}")
+        ptr, flat, value, scale, _ = self._split(split)
+        here = slice(int(ptr[latent]), int(ptr[latent + 1]))
+        return Entries(np.array(flat[here]), latent_sort.from_half(value[here], float(scale[latent])))
+
+    def tokens(self, split: str) -> "TokenSet":
+        """The token set of a split."""
+        from sae.tokens import TokenSet
+
+        self._split(split)
+        if split not in self._tokens:
+            place = Path(os.path.normpath(self.folder / self._about["splits"][split]["tokens"]))
+            self._tokens[split] = TokenSet.open(place)
+        return self._tokens[split]
+
+    def keep(self, split: str) -> NDArray[np.bool_]:
+        """Token filter, bool [N]: True = encoded."""
+        return self._split(split)[4]
+
+    def doc_of(self, split: str) -> NDArray[np.int32]:
+        """Document index of each flat token, [N]."""
+        return np.asarray(self.tokens(split).doc_ids_BL()).reshape(-1)
+
+    def windows(self, split: str) -> Windows:
+        """The grid of a split."""
+        if split not in self._windows:
+            self._windows[split] = grid_windows(
+                self.keep(split), self.doc_of(split), self.tokens(split).L, self.window_tokens, self.min_window_tokens
+            )
+        return self._windows[split]
+
+    def positive_windows(self, latent: int, split: str) -> NDArray[np.int64]:
+        """Ascending grid windows on which the latent is active."""
+        return self.windows(split).containing(self.entries(latent, split).flat_n)
+
+    def eligible(self, cfg: ExemplarConfig | None = None) -> NDArray[np.int64]:
+        """Latents with enough positive windows in every split (``cfg.min_windows``), ascending."""
+        wanted = dict(zip(INTERP_SPLITS, (cfg or ExemplarConfig()).min_windows, strict=True))
+        enough = np.ones(self.d_sae, dtype=bool)
+        for split in self.splits:
+            enough &= self.stats[f"n_windows_{split}"].to_numpy() >= wanted[split]
+        return np.flatnonzero(enough)
+
+    def nearest(self, latent: int) -> list[int]:
+        """Latents with the nearest decoder directions; empty where F was too large for :mod:`autointerp.neighbours`."""
+        return [int(i) for i in self.stats["nearest"].iloc[latent]] if "nearest" in self.stats else []
+
+    @cached_property
+    def _incidence(self) -> Any:
+        ptr, flat, _, _, _ = self._split(EXPLAIN)
+        return neighbours.incidence(ptr, flat, self.windows(EXPLAIN))
+
+    def co_occurring(self, latents: Sequence[int], n: int = neighbours.NEIGHBOURS) -> dict[int, list[int]]:
+        """Per latent the ``n`` others with the largest Jaccard overlap of positive windows on split explain.
+
+        Fewer where fewer ever share a window. Only the asked latents cost anything: F^2 is never formed.
+        """
+        return neighbours.most_overlapping(self._incidence, latents, n)
+
+
+def sample_latents(cache: LatentCache, n: int, seed: int = 0, cfg: ExemplarConfig | None = None) -> SampledLatents:
+    """``n`` latents drawn uniformly without replacement from the eligible, ascending; all of them if fewer exist."""
+    eligible = cache.eligible(cfg)
+    drawn = rng(seed, cache.sae_id, "sample_latents").permutation(eligible)[:n]
+    n_alive = int((cache.stats["n_active"] > 0).sum())
+    return SampledLatents(np.sort(drawn), n_alive, int(eligible.size), n)
