@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from sae.base import SAE
     from sae.language_model import LanguageModel
 
-NEEDS = frozenset({"client:generate", "client:logprobs", "embedder", "last_acts", "lm"})
-"""What a plug-in may ask of its context."""
+LOGPROB_VERBS = ("next_token", "continuation", "slots")
+NEEDS = frozenset(
+    {"client:generate", "client:logprobs", "embedder", "last_acts", "lm"} | {f"client:{v}" for v in LOGPROB_VERBS}
+)
+"""What a plug-in may ask of its context. client:<verb> is a capability of the client; client:logprobs is any of
+:data:`LOGPROB_VERBS`."""
 
 Probe = tuple[int, tuple[int, ...]]
 """(latent, token ids): ask for this latent's activation on the last of these tokens."""
@@ -146,17 +150,18 @@ class Scorer(Protocol):
 
 
 def missing_needs(needs: frozenset[str], ctx: ExplainContext | ScoreContext) -> list[str]:
-    """Which of ``needs`` the context does not hold, sorted."""
-    missing = []
-    for need in sorted(needs):
-        if need.startswith("client:"):
-            client = ctx.client
-            verb = need.partition(":")[2]
-            if client is None or not getattr(client.capabilities, verb):
-                missing.append(need)
-        elif getattr(ctx, need, None) is None:
-            missing.append(need)
-    return missing
+    """Which of ``needs`` the context does not hold, sorted. An unknown need is a ValueError: a plug-in's mistake."""
+    if needs - NEEDS:
+        raise ValueError(f"unknown needs {sorted(needs - NEEDS)}; known: {sorted(NEEDS)}")
+    return [need for need in sorted(needs) if not _holds(need, ctx)]
+
+
+def _holds(need: str, ctx: ExplainContext | ScoreContext) -> bool:
+    if not need.startswith("client:"):
+        return getattr(ctx, need, None) is not None
+    verb = need.removeprefix("client:")
+    verbs = LOGPROB_VERBS if verb == "logprobs" else (verb,)
+    return ctx.client is not None and any(getattr(ctx.client.capabilities, v) for v in verbs)
 
 
 def check_needs(plugin: Any, ctx: ExplainContext | ScoreContext) -> None:
