@@ -1,0 +1,392 @@
+"""Any server with OpenAI's chat API: OpenAI itself, vLLM, llama.cpp, a gateway. The key comes from the environment.
+
+Own retries (the SDK's are off): full jitter, ``Retry-After`` honoured, one adaptive limit on requests in flight. Every
+request ends as a reply or as a typed failure; a refused key, an unknown model, an empty account and a dead server stop
+the run with one error once the replies in flight have been handed over. Importing this file imports no SDK.
+"""
+
+import asyncio
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+from autointerp.client import (
+    Capabilities,
+    GenerateRequest,
+    Identity,
+    LogprobReply,
+    LogprobRequest,
+    NextTokenRequest,
+    OnReply,
+    Reply,
+    Usage,
+    check_capability,
+)
+from autointerp.records import Failure
+from sae.errors import BudgetExceeded, ConfigError, MissingExtra, SaescopeError
+from sae.manifest import rng
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+RETRIED_STATUS = frozenset({408, 409, 425, 429})
+TOP_LOGPROBS = 20
+DEAD_AFTER_REQUESTS = 8
+"""So many requests in a row given up without any answer mean that the server is gone."""
+MAX_DETAIL_CHARS = 300
+MAX_WARMUP_TEXTS = 8
+
+Structured = Literal["json_schema", "json_object", "parse"]
+_WEAKER: dict[Structured, Structured] = {"json_schema": "json_object", "json_object": "parse"}
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How long to insist on one request."""
+
+    attempts: int = 6
+    first_delay_s: float = 1.0
+    """Doubles per attempt; the wait is uniform between 0 and it (full jitter)."""
+    max_delay_s: float = 60.0
+    total_s: float = 600.0
+
+
+class _Retry(Exception):
+    """Try again: a transport trouble with its failure code."""
+
+    def __init__(self, code: str, detail: str, after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.code, self.after_s = code, after_s
+
+
+class _Gate:
+    """At most ``limit`` requests in flight: halved when the server says 429, raised by one per round of successes."""
+
+    def __init__(self, most: int, calm_s: float) -> None:
+        self.most, self.limit, self.calm_s = most, float(most), calm_s
+        self.running, self.last_cut = 0, -math.inf
+        self.changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.running < int(self.limit))
+            self.running += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self.changed:
+            self.running -= 1
+            self.changed.notify_all()
+
+    def success(self) -> None:
+        self.limit = min(float(self.most), self.limit + 1 / self.limit)
+
+    def too_fast(self) -> None:
+        now = time.monotonic()
+        if now - self.last_cut >= self.calm_s:  # one burst of 429s is one signal
+            self.limit, self.last_cut = max(1.0, self.limit / 2), now
+
+
+class OpenAIClient:
+    """``OpenAIClient(model="...", base_url="http://127.0.0.1:8000/v1")``."""
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        base_url: str | None = None,
+        revision: str = "",
+        concurrency: int = 32,
+        timeout_s: float = 120.0,
+        retries: Retries | None = None,
+        structured: Structured = "json_schema",
+        next_token: bool = False,
+        reasoning: bool = False,
+        context_tokens: int | None = None,
+    ) -> None:
+        """``next_token``: the server returns top log-probabilities; ``reasoning``: the model takes
+        ``max_completion_tokens`` and no temperature. ``structured`` is lowered by itself where the server refuses it.
+
+        Raises :class:`MissingExtra` without the SDK and :class:`ConfigError` without a model, or without a key for
+        OpenAI itself; a server of one's own (``base_url``) needs no key.
+        """
+        try:
+            import openai
+        except ImportError:
+            raise MissingExtra("openai", "openai") from None
+        if not model:
+            raise ConfigError("the openai client needs the name of a model; add --llm NAME")
+        if not base_url and not os.environ.get("OPENAI_BASE_URL") and not os.environ.get(KEY_VARIABLE):
+            raise ConfigError(f"set {KEY_VARIABLE} to your key, or give --base-url of a server that needs none")
+        self._sdk, self.base_url = openai, base_url
+        self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries or Retries()
+        self.structured, self.reasoning = structured, reasoning
+        self.tokenizer: Any = None
+        self.identity = Identity(endpoint="openai", model=model, revision=revision)
+        self.capabilities = Capabilities(next_token=next_token, structured=structured, context_tokens=context_tokens)
+        self._fatal: SaescopeError | None = None
+        self._unanswered = 0
+
+    def generate(self, requests: Sequence[GenerateRequest], on_reply: OnReply | None = None) -> list[Reply | Failure]:
+        """See :class:`autointerp.client.Client`."""
+        return _run(self._all(requests, on_reply))
+
+    def logprobs(
+        self, requests: Sequence[LogprobRequest], on_reply: OnReply | None = None
+    ) -> list[LogprobReply | Failure]:
+        """First-token log-probabilities only, from the server's top 20; what is not among them is None."""
+        for verb in sorted({r.verb for r in requests}):
+            check_capability(self, verb, "this run")
+        return _run(self._all(requests, on_reply))
+
+    async def _all(self, requests: Sequence[Any], on_reply: OnReply | None) -> list[Any]:
+        self._fatal, self._unanswered = None, 0
+        answers: dict[int, Any] = {}
+        gate = _Gate(self.concurrency, self.retries.first_delay_s)
+        key = os.environ.get(KEY_VARIABLE) or "none"
+        async with self._sdk.AsyncOpenAI(
+            api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout_s
+        ) as sdk:
+
+            async def one(i: int) -> None:
+                answer = await self._insist(sdk, gate, requests[i], i)
+                if answer is not None:
+                    answers[i] = answer
+                    if on_reply is not None:
+                        on_reply(i, answer)
+
+            # The first request of each fixed text goes ahead, so that the server's prefix cache is warm for the rest.
+            first = {r.messages[0].content: i for i, r in reversed(list(enumerate(requests)))}
+            ahead = sorted(first.values()) if len(first) <= MAX_WARMUP_TEXTS < len(requests) else []
+            await asyncio.gather(*(one(i) for i in ahead))
+            await asyncio.gather(*(one(i) for i in range(len(requests)) if i not in answers))
+        if self._fatal is not None:
+            raise self._fatal
+        return [answers[i] for i in range(len(requests))]
+
+    async def _insist(self, sdk: Any, gate: _Gate, request: Any, index: int) -> Any:
+        """Reply or failure; None once the run is to stop."""
+        started = time.monotonic()
+        trouble = _Retry("connection", "not sent")
+        for attempt in range(self.retries.attempts):
+            try:
+                async with gate:
+                    if self._fatal is not None:
+                        return None
+                    answer = await self._once(sdk, request)
+                gate.success()
+                self._unanswered = 0
+                return answer
+            except _Retry as error:
+                trouble = error
+                if error.code == "rate_limited":
+                    gate.too_fast()
+            except SaescopeError as error:
+                self._fatal = error
+                return None
+            wait_s = self._wait_s(index, attempt, trouble.after_s)
+            last = attempt == self.retries.attempts - 1
+            if last or time.monotonic() - started + wait_s > self.retries.total_s:
+                break
+            await asyncio.sleep(wait_s)
+        self._unanswered += 1
+        if self._unanswered >= DEAD_AFTER_REQUESTS:
+            self._fatal = SaescopeError(
+                f"the server at {self._host(sdk)} gave no usable answer to {self._unanswered} requests in a row "
+                f"(the last: {trouble.code}, {trouble}); see that it runs, then run the same command again"
+            )
+        return Failure(code=trouble.code, stage=request.verb, detail=f"{self.retries.attempts} attempts: {trouble}")
+
+    def _wait_s(self, index: int, attempt: int, after_s: float | None) -> float:
+        ceiling = min(self.retries.max_delay_s, self.retries.first_delay_s * 2**attempt)
+        jitter = float(rng("retry", os.getpid(), index, attempt).random()) * ceiling
+        return jitter if after_s is None else after_s + min(jitter, self.retries.first_delay_s)
+
+    async def _once(self, sdk: Any, request: Any) -> Any:
+        """One HTTP request, repeated only where the server does not know an optional field."""
+        while True:
+            body, structured, reasoning = self._body(request), self.structured, self.reasoning
+            started = time.perf_counter()
+            try:
+                raw = await sdk.chat.completions.with_raw_response.create(**body)
+                text = raw.text
+            except self._sdk.APITimeoutError:
+                raise _Retry("timeout", f"no answer within {self.timeout_s:g} s") from None
+            except self._sdk.APIConnectionError as error:
+                raise _Retry("connection", _scrub(error.__cause__ or error)) from None
+            except self._sdk.APIStatusError as error:
+                if self._adapt(error, request, structured, reasoning):
+                    continue
+                return self._refused(sdk, error, request)
+            latency_ms = 1000 * (time.perf_counter() - started)
+            return _parse(text, request, round(latency_ms, 1))
+
+    def _body(self, request: Any) -> dict[str, Any]:
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        body: dict[str, Any] = {"model": self.identity.model, "messages": messages}
+        if isinstance(request, NextTokenRequest):
+            return {**body, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        if self.reasoning:
+            body["max_completion_tokens"] = request.max_tokens
+        else:
+            body |= {"max_tokens": request.max_tokens, "temperature": request.temperature}
+            if request.temperature > 0:
+                body |= {"seed": request.seed, "top_p": request.top_p}
+            if request.stop:
+                body["stop"] = list(request.stop)
+        if request.schema is not None and self.structured == "json_schema":
+            schema = {"name": "reply", "strict": True, "schema": dict(request.schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif request.schema is not None and self.structured == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        return body
+
+    def _adapt(self, error: Any, request: Any, structured: Structured, reasoning: bool) -> bool:
+        """Drop an optional field that this server refuses; True if the request is to be sent again.
+
+        ``structured`` and ``reasoning`` are what the refused body was made with; another request may have learnt since.
+        """
+        if error.status_code not in (400, 422):
+            return False
+        if (structured, reasoning) != (self.structured, self.reasoning):
+            return True
+        said = error.response.text.lower()
+        if not self.reasoning and "max_completion_tokens" in said:
+            self.reasoning = True
+            return True
+        names_format = any(word in said for word in ("response_format", "json_schema", "json_object", "schema"))
+        if names_format and getattr(request, "schema", None) is not None and self.structured in _WEAKER:
+            self.structured = _WEAKER[self.structured]
+            return True
+        return False
+
+    def _refused(self, sdk: Any, error: Any, request: Any) -> Failure:
+        """A status that is not 2xx: raises to retry or to stop, or is this request's own failure."""
+        status, said = error.status_code, _scrub(error.response.text)
+        model, host = self.identity.model, self._host(sdk)
+        if status == 402 or "insufficient_quota" in said:
+            raise BudgetExceeded(
+                f"the account at {host} has no credit left for {model} ({said}); add credit, run again"
+            )
+        if status in (401, 403):
+            raise ConfigError(f"{host} refused the key for {model} (status {status}: {said}); check {KEY_VARIABLE}")
+        if status == 404:
+            raise ConfigError(
+                f"{host} has no model {model!r}, or no chat API under this URL (status 404: {said}); "
+                "check --llm and --base-url (it normally ends in /v1)"
+            )
+        if status in RETRIED_STATUS or status >= 500:
+            code = "rate_limited" if status == 429 else "timeout" if status == 408 else "server_error"
+            raise _Retry(code, f"status {status}: {said}", _retry_after_s(error.response.headers))
+        code = "unsupported"
+        if re.search(r"context.?length|maximum context|too long|too many tokens", said, re.I) or status == 413:
+            code = "prompt_too_long"
+        elif "content_filter" in said or "content_policy" in said:
+            code = "refusal"
+        return Failure(code=code, stage=request.verb, detail=f"status {status}: {said}")
+
+    @staticmethod
+    def _host(sdk: Any) -> str:
+        """The server's name without any credentials in its URL."""
+        url = sdk.base_url
+        return f"{url.scheme}://{url.host}" + (f":{url.port}" if url.port else "") + str(url.path)
+
+
+def _parse(text: str, request: Any, latency_ms: float) -> Any:
+    """The body of a 2xx answer. A body that is no JSON was cut on its way and is fetched again."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        raise _Retry("server_error", f"the body is not JSON: {_scrub(text)}") from None
+    try:
+        if not data["choices"]:
+            return Failure(code="empty", stage=request.verb, detail="no choices")
+        choice = data["choices"][0]
+        usage = _usage(data.get("usage") or {}, latency_ms)
+        if isinstance(request, NextTokenRequest):
+            return _top_logprobs(choice, request, usage)
+        message, finish = choice["message"], choice.get("finish_reason")
+        content = message.get("content") or ""
+        if message.get("refusal") or finish == "content_filter":
+            return Failure(code="refusal", stage=request.verb, detail=_scrub(message.get("refusal") or finish))
+        if not isinstance(content, str):
+            raise TypeError("content is no text")
+        if not content.strip():
+            return Failure(code="truncated" if finish == "length" else "empty", stage=request.verb, detail="no text")
+        return Reply(text=content, finish_reason="length" if finish == "length" else "stop", usage=usage)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        detail = f"not a chat completion ({type(error).__name__}: {error}): {_scrub(text)}"
+        return Failure(code="schema", stage=request.verb, detail=detail[:MAX_DETAIL_CHARS])
+
+
+def _usage(counted: Any, latency_ms: float) -> Usage:
+    details = counted.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=int(counted.get("prompt_tokens") or 0),
+        cached_tokens=int(details.get("cached_tokens") or 0),
+        output_tokens=int(counted.get("completion_tokens") or 0),
+        latency_ms=latency_ms,
+    )
+
+
+def _top_logprobs(choice: Any, request: NextTokenRequest, usage: Usage) -> LogprobReply | Failure:
+    listed = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+    found = {entry["token"]: float(entry["logprob"]) for entry in listed}
+    if not found:
+        return Failure(code="unsupported", stage=request.verb, detail="the server listed no log-probabilities")
+    return LogprobReply(rows=(tuple(found.get(c) for c in request.choices),), usage=usage)
+
+
+def _retry_after_s(headers: Any) -> float | None:
+    """Seconds to wait by ``Retry-After`` (seconds or a date), if the server says."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _scrub(said: object) -> str:
+    """A server's words without anything that looks like a key, one line, cut."""
+    text = str(said)
+    key = os.environ.get(KEY_VARIABLE)
+    if key:
+        text = text.replace(key, "[key]")
+    text = re.sub(r"\b(sk|pk|key)-[\w*.-]{6,}", "[key]", text)
+    text = re.sub(r"(?i)bearer\s+\S+", "Bearer [key]", text)
+    return " ".join(text.split())[:MAX_DETAIL_CHARS]
+
+
+def _run(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Run to the end, also from inside a running event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    result: dict[str, Any] = {}
+
+    def inside() -> None:
+        try:
+            result["value"] = asyncio.run(work)
+        except BaseException as error:  # handed to the caller's thread
+            result["error"] = error
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    if "error" in result:
+        raise result["error"]
+    return list(result["value"])
+
+
+PLUGIN = OpenAIClient
