@@ -127,6 +127,8 @@ class TrainConfig:
     """Adam learning rate."""
     lr_warmup_steps: int = 20
     """Linear warm-up."""
+    lr_decay_share: float = 0.25
+    """Last share of the steps over which the learning rate falls linearly to 0; 0 keeps it constant."""
     batch_tokens: int = 4_096
     """Tokens per optimiser step."""
     train_tokens: int = 524_288
@@ -146,6 +148,9 @@ class TrainConfig:
         require(self.d_sae >= 1, f"d_sae must be positive, got {self.d_sae}")
         require(self.k is None or 1 <= self.k <= self.d_sae, f"k must lie in 1..d_sae ({self.d_sae}), got {self.k}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(0 <= self.lr_decay_share <= 1, f"lr_decay_share must lie in 0..1, got {self.lr_decay_share}")
+        require(self.l1 >= 0, f"l1 must not be negative, got {self.l1}")
+        require(self.aux_k >= 1 and self.aux_alpha >= 0, "aux_k must be at least 1 and aux_alpha must not be negative")
         require(self.batch_tokens >= 1, f"batch_tokens must be positive, got {self.batch_tokens}")
         require(self.train_tokens >= self.batch_tokens, "train_tokens must be at least one batch")
 

@@ -1,0 +1,47 @@
+"""ReLU with an L1 penalty: z = relu(h); Bricken et al. 2023, in the normalised form of Gao et al. (arXiv 2406.04093).
+
+``loss = mean |n - y|^2 / v0 + l1 * mean sum z / c``, c the root mean square norm of a normalised token. Decoder rows
+are unit, or the penalty could be escaped by small codes and long rows.
+"""
+
+import torch
+from torch import Tensor
+
+from sae import losses, ops
+from sae.base import SAE, StepLoss, TrainState, step_loss
+
+START_DENSITY = 0.05
+"""Share of latents active per token at the start; see :meth:`ReLU.initialise`."""
+QUANTILE_ENTRIES = 2**24
+
+
+class ReLU(SAE):
+    """L0 is whatever the penalty leaves."""
+
+    activation = "relu"
+
+    def encode_entries(self, n_ND: Tensor) -> ops.Entries:
+        return ops.encode_relu(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F)
+
+    def training_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
+        """Normalised squared error plus the L1 penalty, warmed up by ``state.sparsity_ramp``."""
+        entries = self.encode_entries(n_ND)
+        penalty = losses.l1(entries.values_E, len(n_ND), state.input_rms_norm)
+        return step_loss(self, n_ND, entries, state, state.sparsity_ramp * state.cfg.l1 * penalty, with_aux=False)
+
+    @torch.no_grad()
+    def initialise(self, n_ND: Tensor, seed: int) -> None:
+        """As the base class, with one negative encoder bias for which :data:`START_DENSITY` of the latents are active.
+
+        With bias 0 half of all latents are active, and a short run spends most of its steps, dense and slow ones, on
+        falling from there.
+        """
+        super().initialise(n_ND, seed)
+        sample_nD = n_ND[: max(1, QUANTILE_ENTRIES // self.d_sae)][:1024]
+        h_nF = ops.encode_dense(sample_nD, self.b_pre_D, self.W_enc_FD, self.b_enc_F)
+        kept = max(1, round(START_DENSITY * h_nF.numel()))
+        self.b_enc_F.sub_(torch.topk(h_nF.view(-1), kept).values[-1].clamp_min(0))
+        self._scale_encoder(n_ND[:4096])
+
+
+PLUGIN = ReLU

@@ -1,0 +1,48 @@
+"""``train.jsonl``: one JSON object per line, readable while the run goes on."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sae.errors import ArtefactError
+
+
+class MetricLog:
+    """Appends rows to a file that starts empty; use it as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "w", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """One line, flushed. A number that is not finite becomes null: NaN is not JSON and never leaves as a number."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``train.jsonl``. A last line cut by a kill is left out; other damage is an :class:`ArtefactError`."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ArtefactError(f"{path}, line {number} is not JSON ({error}); train the SAE again") from error
+    return rows
