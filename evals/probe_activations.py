@@ -1,4 +1,4 @@
-"""Activations at the last token of labelled prompts: made once per (model, hookpoint, task set), read by the probe evaluations.
+"""Activations at the last token of labelled prompts: made once per (model, hookpoint, task set), read by all subjects.
 
 Artefact ``probes/<key>/``: ``acts.npy`` float32 [N, D], ``rows.parquet`` (one line per prompt), ``splits.parquet``
 (which rows stand on which side, per seed), ``tasks.json``. N prompts, D = width of the hookpoint.
@@ -6,8 +6,9 @@ Artefact ``probes/<key>/``: ``acts.npy`` float32 [N, D], ``rows.parquet`` (one l
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,7 +49,7 @@ class ProbeConfig:
     tasks: tuple[str, ...] = ()
     """Names of evals/probe_tasks.json."""
     own: tuple[str, ...] = ()
-    """Own tasks, each NAME=FILE[:prompt_column:label_column:positive]; columns `prompt`, `target` and positive `1` by default."""
+    """Own tasks: NAME=FILE[:prompt_column:label_column:positive], by default prompt, target and 1."""
     cap_rows: int = 2_000
     """At most this many rows per task and side, half of each class."""
     max_tokens: int = 128
@@ -71,7 +72,7 @@ class ProbeConfig:
 
     @staticmethod
     def of_preset(preset: str, own: tuple[str, ...] = ()) -> "ProbeConfig":
-        """Sizes of METRICS C.3; `quick` is cut to what two cores collect in about a minute. `tiny` has own tasks only."""
+        """Sizes of METRICS C.3; `quick` is cut to what two cores collect in a minute; `tiny` has own tasks only."""
         if preset == "paper":
             return ProbeConfig(tasks=tuple(task_names("paper")), own=own)
         tasks = tuple(task_names("quick")) if preset == "quick" else ()
@@ -93,7 +94,8 @@ class OwnTask(NamedTuple):
         name, mark, rest = text.partition("=")
         parts = rest.rsplit(":", 3)
         if not mark or not name or not rest or len(parts) not in (1, 4):
-            raise ConfigError(f"{text!r} is no probe task; write NAME=FILE or NAME=FILE:prompt_column:label_column:positive")
+            form = "NAME=FILE or NAME=FILE:prompt_column:label_column:positive"
+            raise ConfigError(f"{text!r} is no probe task; write {form}")
         return OwnTask(name, Path(parts[0]), *(parts[1:] or ("prompt", "target", "1")))
 
     def build(self) -> ProbeTask:
@@ -167,11 +169,13 @@ class ProbeActivations:
         return str(self.meta["task_set"])
 
 
-def build_probes(root: Path, lm: "LanguageModel", hookpoint: str, cfg: ProbeConfig, *, force: bool = False) -> ProbeActivations:
+def build_probes(
+    root: Path, lm: "LanguageModel", hookpoint: str, cfg: ProbeConfig, *, force: bool = False
+) -> ProbeActivations:
     """The activations of ``cfg``'s prompts at their last token, made if they are not there.
 
     Each prompt is fed as prefix token + its last ``max_tokens - 1`` tokens. The activation is kept even where the token
-    filter of other metrics would drop it (METRICS C.3). Raises DataError for an unreadable own task or a NaN activation.
+    filter of other metrics would drop it (METRICS C.3). Raises DataError for an unreadable own task, a NaN activation.
     """
     from sae.assets import find
     from sae.tokens import prefix_id
@@ -198,8 +202,9 @@ def build_probes(root: Path, lm: "LanguageModel", hookpoint: str, cfg: ProbeConf
 def _build_tasks(cfg: ProbeConfig, own: list[OwnTask]) -> list[ProbeTask]:
     if not cfg.tasks and not own:
         raise ConfigError("no probe task is named; choose some of evals/probe_tasks.json or bring a CSV")
-    names = track([*cfg.tasks, *own], "reading probe tasks", unit="task")
-    return [build_task(name) if isinstance(name, str) else name.build() for name in names]
+    makers: list[Callable[[], ProbeTask]] = [partial(build_task, name) for name in cfg.tasks]
+    makers += [task.build for task in own]
+    return [make() for make in track(makers, "reading probe tasks", unit="task")]
 
 
 def _write(
@@ -214,7 +219,8 @@ def _write(
     x_ND = last_token_activations(lm, hookpoint, ids)
     bad = np.flatnonzero(~np.isfinite(x_ND).all(axis=1))
     if len(bad):
-        raise DataError(f"{lm.name} gives NaN or infinite activations at {hookpoint} for the prompt {prompts[bad[0]][:80]!r}")
+        first = prompts[bad[0]][:80]
+        raise DataError(f"{lm.name} gives NaN or infinite activations at {hookpoint} for the prompt {first!r}")
     np.save(folder / "acts.npy", x_ND)
     pd.DataFrame({
         "task": [tasks[t].name for t, _ in chosen],

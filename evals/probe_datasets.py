@@ -1,7 +1,7 @@
 """Labelled texts for probes: read, re-binarise, clean, group, split (METRICS C.1 and C.2). Torch-free.
 
-The tasks are a data file, ``probe_tasks.json``. Duplicates, near-duplicates and variants of one question form a *group*;
-a group lies wholly on one side, so that nothing a probe is tested on was seen in fitting it.
+The tasks are a data file, ``probe_tasks.json``. Near-duplicates and variants of one question form a *group*; a group
+lies wholly on one side, so that nothing a probe is tested on was seen in fitting it.
 """
 
 import base64
@@ -135,7 +135,8 @@ def read_table(path: Path, prompt: str = "prompt", label: str = "target") -> lis
     try:
         table = pd.read_csv(_stream(path), dtype=str, keep_default_na=False, usecols=[prompt, label])
     except (ValueError, OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise DataError(f"{path} cannot be read as a table with the columns {prompt!r} and {label!r}: {error}") from error
+        wanted = f"a table with the columns {prompt!r} and {label!r}"
+        raise DataError(f"{path} cannot be read as {wanted}: {error}") from error
     return list(zip(table[prompt], table[label], strict=True))
 
 
@@ -149,7 +150,7 @@ def _stream(path: Path) -> Any:
 
 
 def build_task(name: str) -> ProbeTask:
-    """Read and clean one task of the table. ConfigError for an unknown or missing one, MissingAsset without its texts."""
+    """Read and clean one task of the table. ConfigError if unknown or missing, MissingAsset without texts."""
     from sae.assets import probe_csv
 
     table = task_table()
@@ -232,7 +233,8 @@ def base64_rows(texts: Iterable[str]) -> list[RawRow]:
 
     alphabet = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"))
     stripped = {text.strip() for text in texts}
-    chosen = sorted((t for t in stripped if len(t.encode()) >= 48 and split_of(t) == "test"), key=lambda t: (hash64(t), t))
+    held_out = (t for t in stripped if len(t.encode()) >= 48 and split_of(t) == "test")
+    chosen = sorted(held_out, key=lambda t: (hash64(t), t))
     rows = []
     for text in chosen[:BASE64_DOCUMENTS]:
         draw = rng("base64", text)

@@ -177,7 +177,8 @@ class DenseProbe(NamedTuple):
 
 
 def dense_probe(
-    x_train_ND: np.ndarray, y_train_N: np.ndarray, group_train_N: np.ndarray, x_test_ND: np.ndarray, y_test_N: np.ndarray
+    x_train_ND: np.ndarray, y_train_N: np.ndarray, group_train_N: np.ndarray,
+    x_test_ND: np.ndarray, y_test_N: np.ndarray,
 ) -> DenseProbe:
     """Channels standardised on train, C from DENSE_CS by 3-fold cross-validation whose folds keep groups whole."""
     from scipy.linalg import svd
