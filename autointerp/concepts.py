@@ -6,7 +6,7 @@ keyed by the hashes of the file and of the embedding model. E numbers per embedd
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,6 @@ STAGE_VERSION = 1
 KIND = "concepts"
 
 
-class _HashedEmbedder(EmbedderLike, Protocol):
-    @property
-    def model_hash(self) -> str: ...
-
-
 class Bank(NamedTuple):
     """Labels with their embeddings."""
 
@@ -35,7 +30,10 @@ class Bank(NamedTuple):
 
 @lru_cache(maxsize=4)
 def read_labels(path: Path = BANK) -> tuple[str, ...]:
-    """The labels of a bank file: one per line, ``#`` begins a comment line. :class:`DataError` on an empty or double one."""
+    """The labels of a bank file: one per line, ``#`` begins a comment line.
+
+    :class:`DataError` where there is none, or one twice.
+    """
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     labels = [line for line in lines if line and not line.startswith("#")]
     twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
@@ -44,7 +42,7 @@ def read_labels(path: Path = BANK) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def load_bank(embedder: _HashedEmbedder, *, path: Path = BANK, cache: Path | None = None) -> Bank:
+def load_bank(embedder: EmbedderLike, *, path: Path = BANK, cache: Path | None = None) -> Bank:
     """The labels and their embeddings, computed once per (file, model) and then read from the cache directory."""
     labels = list(read_labels(path))
     config = {"labels_sha256": sha256_file(path), "model_sha256": embedder.model_hash}

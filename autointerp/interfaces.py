@@ -39,6 +39,12 @@ class EmbedderLike(Protocol):
     """What scorers and simulators use of :class:`autointerp.embedder.Embedder`."""
 
     name: str
+    """Short name, written as `judge`."""
+
+    @property
+    def model_hash(self) -> str:
+        """Identifies the weights: part of the key of what is computed with them."""
+        ...
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, E], rows of unit norm, in the order of ``texts``."""

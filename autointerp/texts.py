@@ -24,6 +24,19 @@ MARK_NAMES = {
     ">": "greater-than sign",
 }  # fmt: skip
 
+PMI_NO_TEXT = "A label for a text:"
+"""Prompt for the probability of a label by itself."""
+
+
+def pmi_prompt(window: str) -> str:
+    """What a label follows when its likelihood is asked for: the window, then a few words that call for a label."""
+    return f"{window}\n\nA label for the text above:"
+
+
+def pmi_continuation(label: str) -> str:
+    """A label as it continues such a prompt."""
+    return f" {label}"
+
 
 class Word(NamedTuple):
     """A run of tokens that reads as one word or mark."""
@@ -80,6 +93,15 @@ class Decoder:
         peak = exemplar.peak if exemplar.peak >= 0 else len(ids) // 2
         start = max(0, min(peak - (3 * n_tokens) // 4, len(ids) - n_tokens))
         return self.text(ids[start : start + n_tokens]).strip()
+
+
+def deal(positives: Sequence[Exemplar]) -> list[Exemplar]:
+    """Windows dealt round the quantile groups: one of each, weakest group first, then a second of each, ..."""
+    by_group: dict[int, list[Exemplar]] = defaultdict(list)
+    for exemplar in positives:
+        by_group[exemplar.group].append(exemplar)
+    turns = range(max(map(len, by_group.values()), default=0))
+    return [members[t] for t in turns for _, members in sorted(by_group.items()) if t < len(members)]
 
 
 def _joins(character: str) -> bool:
