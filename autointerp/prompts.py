@@ -1,0 +1,160 @@
+"""Prompts are data: texts in ``prompt_texts/<name>.md``, windows rendered into them in one way. Torch-free.
+
+A prompt file holds sections opened by a line ``<!-- role -->`` (``system``, ``user``, ``assistant``, or a name of the
+file's own, e.g. ``reminder``). ``{{name}}`` is a hole. Fixed text comes first, then the explanation, then the item, so
+that every engine's prefix cache works. What fills a hole is data: it is put in once and never read for holes again.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from autointerp.llm_requests import Message
+from autointerp.records import Exemplar
+from autointerp.texts import ACTIVE_SHARE
+from sae.errors import ConfigError, did_you_mean
+from sae.manifest import sha256_text
+
+MAX_STRENGTH = 9
+CHAT_ROLES = ("system", "user", "assistant")
+_SECTION = re.compile(r"^<!-- *([a-z_]+) *-->\n", re.M)
+_HOLE = re.compile(r"\{\{([a-z_]+)\}\}")
+_VISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One file of ``prompt_texts``."""
+
+    name: str
+    sections: tuple[tuple[str, str], ...]
+    """(role, text) in the order of the file."""
+    sha256: str
+    """Of the file's text; part of every record made with it."""
+
+    def messages(self, **holes: str) -> tuple[Message, ...]:
+        """The chat: all system, user and assistant sections, holes filled. :class:`ConfigError` for a hole without a
+        value, or a value without a hole."""
+        used: set[str] = set()
+        out = tuple(
+            Message(role=role, content=self._filled(text, holes, used))  # type: ignore[arg-type]
+            for role, text in self.sections
+            if role in CHAT_ROLES
+        )
+        if unused := sorted(set(holes) - used):
+            raise ConfigError(f"prompt {self.name!r} has no hole {', '.join(unused)}")
+        return out
+
+    def section(self, role: str, **holes: str) -> str:
+        """One section of the file's own, holes filled."""
+        found = dict(self.sections)
+        if role not in found:
+            raise ConfigError(f"prompt {self.name!r} has no section {role!r}{did_you_mean(role, found)}")
+        return self._filled(found[role], holes, set())
+
+    def _filled(self, text: str, holes: dict[str, str], used: set[str]) -> str:
+        def fill(match: re.Match[str]) -> str:
+            if match[1] not in holes:
+                raise ConfigError(f"prompt {self.name!r}: nothing was given for the hole {match[1]!r}")
+            used.add(match[1])
+            return holes[match[1]]
+
+        return _HOLE.sub(fill, text)
+
+
+@lru_cache(maxsize=64)
+def load_prompt(name: str) -> Prompt:
+    """The shipped prompt ``name``; :class:`ConfigError` with near names if there is none."""
+    folder = resources.files("autointerp") / "prompt_texts"
+    file = folder / f"{name}.md"
+    if not file.is_file():
+        known = [f.name.removesuffix(".md") for f in folder.iterdir() if f.name.endswith(".md")]
+        raise ConfigError(f"there is no prompt {name!r}{did_you_mean(name, known)}")
+    text = file.read_text(encoding="utf-8")
+    parts = _SECTION.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise ConfigError(f"prompt {name!r}: expected sections opened by a line like '<!-- user -->'")
+    sections = tuple((role, body.strip("\n")) for role, body in zip(parts[1::2], parts[2::2], strict=True))
+    return Prompt(name, sections, sha256_text(text))
+
+
+def escaped(text: str) -> str:
+    """One visible line: line breaks and tabs as ``\\n``, ``\\t``, other control and separator characters as ``\\x..``.
+
+    A window so written cannot open a line of its own, hence cannot pose as a number, a heading or an instruction block.
+    """
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+
+
+def pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Text of each token such that the pieces joined are the text of all; half a character waits for its other half."""
+    out: list[str] = []
+    before = ""
+    for i in range(len(token_ids)):
+        so_far = str(tokenizer.decode(list(token_ids[: i + 1])))
+        if not so_far.startswith(before):  # a tokenizer that rewrites what it has said
+            out.append(str(tokenizer.decode([token_ids[i]])))
+            before = so_far
+        elif so_far.endswith("\ufffd") and i + 1 < len(token_ids):
+            out.append("")
+        else:
+            out.append(so_far[len(before) :])
+            before = so_far
+    return out
+
+
+def window_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """A window as one line."""
+    return escaped(str(tokenizer.decode(list(token_ids))).strip())
+
+
+def numbered(lines: Sequence[str]) -> str:
+    """``[1] first``, ``[2] second``, ...: one line each."""
+    return "\n".join(f"[{i}] {line}" for i, line in enumerate(lines, 1))
+
+
+def strength(act: float, largest: float) -> int:
+    """1 to 9: ceil(9 act / largest); 0 for silence."""
+    if act <= 0 or largest <= 0:
+        return 0
+    return max(1, min(MAX_STRENGTH, -int(-MAX_STRENGTH * act // largest)))
+
+
+def marked_window(tokenizer: Any, exemplar: Exemplar, largest: float) -> str:
+    """A window whose tokens at or above 0.3 of its peak stand in ``<<...>>``, the strengths behind it.
+
+    Touching marked tokens share one pair of marks and show the larger strength. ``largest`` is the largest activation
+    shown in the prompt. Marks in the text itself are broken up, so that only ours are whole.
+    """
+    parts = pieces(tokenizer, exemplar.token_ids)
+    cut = ACTIVE_SHARE * max(exemplar.acts, default=0.0)
+    text, strengths = "", []
+    i = 0
+    while i < len(parts):
+        marked = _is_marked(exemplar.acts[i], cut)
+        j = i
+        while j < len(parts) and _is_marked(exemplar.acts[j], cut) == marked:
+            j += 1
+        piece = _plain_marks(escaped("".join(parts[i:j])))
+        if marked and piece.strip():
+            blank = piece[: len(piece) - len(piece.lstrip())]
+            text += f"{blank}<<{piece.strip()}>>{piece[len(piece.rstrip()) :]}"
+            strengths.append(f"{piece.strip()}={strength(max(exemplar.acts[i:j]), largest)}")
+        elif marked and piece:
+            text += f"<<{piece}>>"
+            strengths.append(f"'{piece}'={strength(max(exemplar.acts[i:j]), largest)}")
+        else:
+            text += piece
+        i = j
+    return f"{text.strip()}   ({', '.join(strengths)})" if strengths else text.strip()
+
+
+def _is_marked(act: float, cut: float) -> bool:
+    return act > 0 and act >= cut
+
+
+def _plain_marks(text: str) -> str:
+    return text.replace("<<", "< <").replace(">>", "> >")
