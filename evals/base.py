@@ -114,10 +114,9 @@ class SAESubject:
         return Contributions(*(part.to(x_D.device) for part in (indices, values, vectors)))
 
     def normalisation(self, x_ND: "torch.Tensor") -> Normalisation:
-        norm = self.sae.cfg.input_norm
-        centred = norm.kind == "layer_norm" or (norm.kind == "unit_norm" and norm.center)
-        shift = x_ND.mean(dim=-1) if centred else x_ND.new_zeros(len(x_ND))
-        return Normalisation(shift, self.sae.output_scale(self._here(x_ND)).expand(len(x_ND)).to(x_ND.device))
+        stats = self.sae.normalise(self._here(x_ND))[1]
+        shift = x_ND.new_zeros(len(x_ND)) if stats.mean_N1 is None else stats.mean_N1[:, 0].to(x_ND.device)
+        return Normalisation(shift, stats.scale_N.to(x_ND.device))
 
     def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor":
         return self.sae.pre_activations(self._here(x_ND), columns).to(x_ND.device)

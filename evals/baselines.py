@@ -166,9 +166,9 @@ def baseline_subjects(
 ) -> list[Subject]:
     """PCA at each L0 of ``l0s`` (rounded, duplicates dropped), random directions, channels.
 
-    ``store``: where they are fitted (split train, or explain when no SAE was trained). ``reference``: the SubjectInfo of
-    the SAE they stand beside (LM, hookpoint, width). ``l0s`` defaults to the reference's k; without either there is no
-    PCA. ``n_features`` defaults to the reference's d_sae.
+    ``store``: where they are fitted (split train, or explain when no SAE was trained). ``reference``: the SubjectInfo
+    of the SAE they stand beside (LM, hookpoint, width). ``l0s`` defaults to the reference's k; without either there is
+    no PCA. ``n_features`` defaults to the reference's d_sae.
     """
     wanted = list(l0s) or ([float(reference.k)] if reference.k is not None else [])
     moments = fit_moments(store)
