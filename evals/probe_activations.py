@@ -149,7 +149,7 @@ class ProbeActivations:
         table = pd.read_parquet(self.folder / "splits.parquet")
         found = []
         for (order, seed), part in table.groupby(["order", "seed"], sort=True):
-            sides = [part.row[part.side == side].to_numpy(dtype=np.int64) for side in ("train", "test")]
+            sides = [part.row[part.side == side].to_numpy(dtype=np.int64, copy=True) for side in ("train", "test")]
             found.append(TaskSplit(self.meta["tasks"][int(order)], int(seed), *sides))
         return found
 
@@ -293,7 +293,7 @@ def last_token_activations(lm: "LanguageModel", hookpoint: str, ids: list[list[i
             padded = torch.full((len(batch), int(lengths.max())), ids[batch[0]][0], dtype=torch.long)
             for r, i in enumerate(batch):
                 padded[r, : len(ids[i])] = torch.tensor(ids[i])
-            acts = lm.capture(padded, [hookpoint])[hookpoint]
+            acts = lm.capture(padded.to(lm.device), [hookpoint])[hookpoint]
             last = acts[torch.arange(len(batch), device=acts.device), (lengths - 1).to(acts.device)]
             out[batch] = last.float().cpu().numpy()
             bar.advance(int(lengths.sum()))
