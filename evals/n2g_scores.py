@@ -98,7 +98,7 @@ def partners_of_like_density(latents: Sequence[int], densities: Sequence[float])
         return {}
     n_blocks = max(1, min(10, n // 2))
     edges = [round(b * n / n_blocks) for b in range(n_blocks + 1)]
-    partner = {}
+    partner: dict[int, int] = {}
     for low, high in zip(edges, edges[1:], strict=False):
         block = [latents[i] for i in order[low:high]]
         partner.update(zip(block, block[1:] + block[:1], strict=True))
