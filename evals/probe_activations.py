@@ -72,11 +72,11 @@ class ProbeConfig:
 
     @staticmethod
     def of_preset(preset: str, own: tuple[str, ...] = ()) -> "ProbeConfig":
-        """Sizes of METRICS C.3; `quick` is cut to what two cores collect in a minute; `tiny` has own tasks only."""
+        """Sizes of METRICS C.3; `quick` is cut to what two slow cores collect in 50 s; `tiny` has own tasks only."""
         if preset == "paper":
             return ProbeConfig(tasks=tuple(task_names("paper")), own=own)
         tasks = tuple(task_names("quick")) if preset == "quick" else ()
-        return ProbeConfig(tasks=tasks, own=own, cap_rows=120, max_tokens=32, seeds=(0,))
+        return ProbeConfig(tasks=tasks, own=own, cap_rows=120, max_tokens=16, seeds=(0,))
 
 
 class OwnTask(NamedTuple):
