@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from evals.language_tasks import catalogue_sha256
 from evals.probe_datasets import (
     ProbeTask,
     Split,
@@ -185,6 +186,8 @@ def build_probes(
     inputs = {"lm": f"{lm.name}@{lm.revision}", "hookpoint": hookpoint, "dtype": str(lm.dtype), "prefix": str(prefix)}
     if cfg.tasks:
         inputs |= {"tasks": tasks_sha256(), "sae_probes": find("sae_probes").wheel_sha256}
+    if any(task_table()[name].get("transform") == "languages" for name in cfg.tasks):
+        inputs["catalogues"] = catalogue_sha256()
     for task in own:
         if not task.path.is_file():
             raise DataError(f"the probe task {task.name!r} reads {task.path}, which does not exist")

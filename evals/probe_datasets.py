@@ -163,11 +163,17 @@ def build_task(name: str) -> ProbeTask:
     if transform == "base64":
         texts = [prompt for source in entry["sources"] for prompt, _ in read_table(probe_csv(source))]
         rows, unparsed = base64_rows(texts), 0
+    elif transform == "languages":
+        from evals.language_tasks import messages
+
+        rows = [RawRow(text, language, stem=source) for language, found in messages().items()
+                for source, text in sorted(found.items())]
+        unparsed = 0
     else:
         rows, unparsed = _raw_rows(read_table(probe_csv(entry["source"])), entry)
     return clean(
         name, entry["family"], rows, positive=entry["positive"] or ["1"], group_key=entry.get("group"),
-        balance=transform == "one_against_rest", n_unparsed=unparsed,
+        balance=transform in ("one_against_rest", "languages"), n_unparsed=unparsed,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from evals import probe_datasets
+from evals.language_tasks import read_catalogues
 from evals.probe_datasets import ProbeTask, RawRow, build_task, clean, csv_task, near_pairs, split_task
 from sae.errors import ConfigError, DataError
 from sae.manifest import hash64
@@ -38,6 +39,39 @@ def test_empty_conflicting_and_repeated_rows_go_and_are_counted():
     assert task.prompts == ("Red cats", "green birds")  # the first spelling, without trailing white space
     assert task.labels.tolist() == [1, 0]
     assert task.n_dropped == {"conflict": 2, "duplicate": 1, "empty": 1}
+
+
+def write_catalogue(path, pairs):
+    """A .mo file as gettext reads it: the message, then its translation."""
+    import struct
+
+    entries = [("", "Content-Type: text/plain; charset=UTF-8\n"), *sorted(pairs.items())]
+    tables, data, offset = [], b"", 28 + 16 * len(entries)
+    for column in (0, 1):
+        for entry in entries:
+            raw = entry[column].encode()
+            tables.append((len(raw), offset + len(data)))
+            data += raw + b"\0"
+    path.parent.mkdir(parents=True)
+    header = struct.pack("<7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
+    path.write_bytes(header + b"".join(struct.pack("<2I", *t) for t in tables) + data)
+
+
+def test_catalogues_give_prose_only_and_the_first_translation_wins(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    long = "This is a long message of an interface."
+    write_catalogue(one / "a" / "locale" / "de" / "LC_MESSAGES" / "x.mo", {
+        long: "Dies ist eine <b>lange</b>\nMeldung einer Oberfläche.",
+        "Hello %s, this has a placeholder": "Hallo %s, " * 9,
+        "Short": "Eine lange Übersetzung eines kurzen Textes", "menu\x04Message within a context": "Meldung " * 9,
+    })  # fmt: skip
+    write_catalogue(two / "locale" / "de" / "LC_MESSAGES" / "x.mo", {long: "Eine andere, spätere Übersetzung davon."})
+    write_catalogue(two / "locale" / "pt_BR" / "LC_MESSAGES" / "x.mo", {long: "Esta mensagem vem do Brasil e é longa."})
+    write_catalogue(two / "locale" / "pt" / "LC_MESSAGES" / "x.mo", {long: "Esta mensagem vem do português europeu."})
+    found = read_catalogues([one, two])
+    assert found["de"] == {long: "Dies ist eine lange Meldung einer Oberfläche."}
+    assert found["pt"] == {long: "Esta mensagem vem do português europeu."}
+    assert found["en"] == {long: long} and found["fr"] == {}
 
 
 def test_no_rows_at_all():
@@ -176,8 +210,10 @@ COUNTS = {  # METRICS C.1: rows, positives, groups
     "isalive": (3377, 1688, 3272), "sex_or_gender": (3345, 1666, 3225), "social_iqa": (9218, 4609, 4589),
     "cola": (3645, 2056, 2706), "gpt2": (4990, 2493, 4988), "jigsaw": (580, 237, 551), "ag_world": (2460, 1230, None),
     "ag_sports": (2440, 1220, None), "ag_business": (2434, 1217, None), "ag_scitech": (2448, 1224, None),
+    "europarl_el": (666, 333, None), "europarl_en": (1612, 806, None),
 }  # fmt: skip
-FAMILIES = {"occupation_is": (1520, 1563, 610, 645, 1502, 1543), "phrase_": (2383, 2447, 970, 1028, 2350, 2434)}
+FAMILIES = {"occupation_is": (1520, 1563, 610, 645, 1502, 1543), "phrase_": (2383, 2447, 970, 1028, 2350, 2434),
+            "europarl_": (666, 1612, 333, 806, 450, 617)}
 
 
 @pytest.mark.assets
