@@ -205,7 +205,7 @@ def test_activations_of_an_own_task(tmp_path, tiny_lm):
     subject = channels()
     subject.info = SubjectInfo(**{**INFO.__dict__, "d_in": probes.x_ND.shape[1], "d_sae": probes.x_ND.shape[1]})
     rows = by_metric(PLUGIN.run(context(tmp_path, subject, probes)))
-    assert rows["probe_loss"].value < 0.2
+    assert rows["probe_loss"].ci_high < LN2 and rows["dense_loss"].value < 0.1
 
 
 def test_batches_and_padding_do_not_change_an_activation(tiny_lm, monkeypatch):
