@@ -4,6 +4,7 @@ N rows (prompts), F features, M features of one block, n rows of one task. Losse
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -99,50 +100,60 @@ def _fit_block(h_MN: Tensor, y: Tensor, rate: float, ridge: float) -> tuple[tupl
 
 
 def _newton(s: Tensor, y: Tensor, b0: float, ridge: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(w, b, mean cross-entropy, number not converged) for standardised features ``s`` [M, n]."""
-    w = torch.zeros(len(s))
-    b = torch.full_like(w, b0)
-    sign = 1 - 2 * y  # softplus(t) - y t = softplus(sign t) for y in {0, 1}
-    s2 = s * s
+    """(w, b, mean cross-entropy, number not converged) for standardised features ``s`` [M, n].
 
-    def loss_at(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        t = torch.addcmul(b[:, None], w[:, None], s)
-        data = softplus(t * sign).sum(dim=1)
-        return t, data, data + 0.5 * ridge * w * w
+    With u = t for y = 0 and -t for y = 1 the loss of a row is softplus(u) and its gradient in t is ±sigmoid(u).
+    """
+    n = s.shape[1]
+    sign = 1 - 2 * y
+    signed, squared = s * sign, s * s
+    rate = float(torch.sigmoid(torch.tensor(b0, dtype=torch.float64)))
 
-    t, data, loss = loss_at(w, b)
+    def at(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u = torch.addcmul(b[:, None] * sign, w[:, None], signed)
+        data = softplus(u).sum(dim=1)
+        return u, data, data + 0.5 * ridge * w * w
+
+    # At the start every row has the same q and the mean of s is 0, so the first step needs one product s @ y.
+    b = torch.full((len(s),), b0)
+    step_w = -(s @ y - rate * s.sum(dim=1)) / (n * rate * (1 - rate) + ridge)
+    start = torch.full_like(b, n * entropy(rate))
+    state = (b0 * sign.expand_as(s), start, start)
+    w, b, state = _line_search(at, torch.zeros_like(b), b, step_w, torch.zeros_like(b), state)
     decrement = torch.full_like(w, math.inf)
     for _ in range(MAX_ITERATIONS):
-        sigma = torch.sigmoid(t)
-        residual = sigma - y
+        sigma = torch.sigmoid(state[0])
         q = sigma * (1 - sigma)
-        g_b, g_w = residual.sum(dim=1), (residual * s).sum(dim=1) + ridge * w
-        h_bb, h_bw, h_ww = q.sum(dim=1), (q * s).sum(dim=1), (q * s2).sum(dim=1) + ridge
+        g_b, g_w = sigma @ sign, (sigma * signed).sum(dim=1) + ridge * w
+        h_bb, h_bw, h_ww = q.sum(dim=1), (q * s).sum(dim=1), (q * squared).sum(dim=1) + ridge
         det = (h_bb * h_ww - h_bw * h_bw).clamp_min(1e-9)
         step_b, step_w = (h_ww * g_b - h_bw * g_w) / det, (h_bb * g_w - h_bw * g_b) / det
         decrement = 0.5 * (g_b * step_b + g_w * step_w)
         if float(decrement.max()) < TOLERANCE:
             break
-        w, b, t, data, loss = _line_search(loss_at, w, b, step_w, step_b, (t, data, loss))
-    return w, b, data / s.shape[1], int((decrement >= TOLERANCE).sum())
+        w, b, state = _line_search(at, w, b, step_w, step_b, state)
+    return w, b, state[1] / n, int((decrement >= TOLERANCE).sum())
+
+
+_State = tuple[Tensor, Tensor, Tensor]
+"""u [M, n], the summed loss of the rows [M], the same with the ridge term [M]."""
 
 
 def _line_search(
-    loss_at: "object", w: Tensor, b: Tensor, step_w: Tensor, step_b: Tensor, state: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    at: Callable[[Tensor, Tensor], _State], w: Tensor, b: Tensor, step_w: Tensor, step_b: Tensor, old: _State
+) -> tuple[Tensor, Tensor, _State]:
     """Take the step, halved per feature while its loss rises; a feature that never falls stays where it is."""
-    old_t, old_data, old_loss = state
     size = torch.ones_like(w)
     for _ in range(MAX_HALVINGS + 1):
-        t, data, loss = loss_at(w - size * step_w, b - size * step_b)  # type: ignore[operator]
+        new_w, new_b = w - size * step_w, b - size * step_b
+        new = at(new_w, new_b)
         # A rise within float32 rounding of the sum is none.
-        rises = ~(loss <= old_loss + 1e-6 * (1 + old_loss))
+        rises = ~(new[2] <= old[2] + 1e-6 * (1 + old[2]))
         if not bool(rises.any()):
-            break
+            return new_w, new_b, new
         size = torch.where(rises, size / 2, size)
-    keep = rises[:, None]
-    w, b = torch.where(rises, w, w - size * step_w), torch.where(rises, b, b - size * step_b)
-    return w, b, torch.where(keep, old_t, t), torch.where(rises, old_data, data), torch.where(rises, old_loss, loss)
+    kept = tuple(torch.where(rises[:, None] if x.ndim == 2 else rises, x, y) for x, y in zip(old, new, strict=True))
+    return torch.where(rises, w, new_w), torch.where(rises, b, new_b), (kept[0], kept[1], kept[2])
 
 
 class ProbeScores(NamedTuple):
