@@ -16,6 +16,7 @@ import numpy as np
 from autointerp.records import Explanation, JudgeCheck, LatentScore
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
+from evals.explained import read_explained
 from evals.results import Estimate, Metric
 from sae.manifest import rng
 
@@ -143,7 +144,7 @@ class ExplanationScores:
         if ctx.scores is None:
             rows.add("auc", Estimate.undefined("too_few_positive"), slice=f"explainer={SELECTED}", split="score")
             return EvalResult(rows=rows.rows)
-        scores, explanations, checks = read_scores(ctx)
+        scores, explanations, checks = read_explained(ctx.scores)
         slices = group_scores(scores, explanations)
         weights = _activations(ctx)
         for name, cells in slices.items():
@@ -157,15 +158,6 @@ class ExplanationScores:
         counts = {"n_scores": len(scores), "n_latents": len({s.latent for s in scores}), "judge_weak": weak,
                   "metrics_ignored": ignored, "null_reasons": _reasons(scores)}
         return EvalResult(rows=rows.rows, details=_details(slices, checks), counts=counts)
-
-
-def read_scores(ctx: EvalContext) -> tuple[list[LatentScore], list[Explanation], list[JudgeCheck]]:
-    """Scores, the explanations they are of, and the judges' checks."""
-    from autointerp.pipeline import explanations_of, open_explanations, open_scores
-
-    assert ctx.scores is not None
-    found = open_scores(ctx.scores)
-    return list(found.scores), list(open_explanations(explanations_of(ctx.scores)).records), list(found.checks)
 
 
 def _activations(ctx: EvalContext) -> dict[int, float]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from evals import n2g_scores, uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
+from evals.explained import read_explanations
 from evals.n2g_scores import Confusion, Firing
 from evals.results import Estimate, Metric
 from sae.console import track
@@ -129,10 +130,8 @@ def read_patterns(ctx: EvalContext) -> "tuple[dict[int, PatternSet], dict[int, s
     """Patterns by latent, and failure codes of the others: of the explanations that were scored, else built here."""
     if ctx.scores is not None:
         from autointerp.n2g_patterns import PatternSet
-        from autointerp.pipeline import explanations_of, open_explanations
 
-        records = open_explanations(explanations_of(ctx.scores)).records
-        mine = [e for e in records if e.explainer == "n2g"]
+        mine = [e for e in read_explanations(ctx.scores) if e.explainer == "n2g"]
         if mine:
             found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
             return found, {e.latent: e.failure.code for e in mine if e.failure is not None}

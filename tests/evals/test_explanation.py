@@ -9,9 +9,12 @@ import pytest
 
 from autointerp.records import Explanation, Failure, JudgeCheck, LatentScore
 from evals.base import EvalContext
+from evals.explained import Explained, explanations_folder
 from evals.results import SubjectInfo, write_rows
 from evals.suite import explanation
 from evals.suite.explanation import PLUGIN, chosen_explanations, group_scores
+from sae.errors import ArtefactError
+from sae.manifest import writing
 
 INFO = SubjectInfo(
     sae_id="s", kind="sae", lm="toy", lm_revision="0", hookpoint="layers.1", architecture="topk", d_in=4, d_sae=9, k=1,
@@ -42,7 +45,8 @@ def text(latent, of="a", *, selected=True, **more):
 
 def evaluate(scores, explanations, monkeypatch, checks=(), latents=Cache):
     subject = type("Subject", (), {"info": INFO, "provides": frozenset({"sparse"})})()
-    monkeypatch.setattr(explanation, "read_scores", lambda ctx: (scores, explanations, list(checks)))
+    found = Explained(list(scores), list(explanations), list(checks))
+    monkeypatch.setattr(explanation, "read_explained", lambda folder: found)
     return PLUGIN.run(EvalContext(
         root=Path("."), subject=subject, preset="tiny", seed=0, hookpoint="layers.1", run_key="r",
         latents=latents() if latents else None, scores=Path("scores/key"),
@@ -196,3 +200,13 @@ def test_gain_metrics_allow_their_whole_range():
     assert declared["gain_auc"].low == -1 and declared["gain_pearson"].high == 2
     assert declared["gain_r2"].low == -math.inf
     assert len(declared) == len(PLUGIN.metrics)
+
+
+def test_scores_lead_to_their_explanations(tmp_path):
+    for key, inputs in (("good", {"explanations": "e1"}), ("bad", {})):
+        folder = tmp_path / "scores" / key
+        with writing(folder, kind="scores", key=key, stage_version=1, config={}, inputs=inputs):
+            pass
+    assert explanations_folder(tmp_path / "scores" / "good") == tmp_path / "explanations" / "e1"
+    with pytest.raises(ArtefactError, match="names no explanations"):
+        explanations_folder(tmp_path / "scores" / "bad")
