@@ -82,9 +82,10 @@ class Highlighted:
         groups.sort(key=lambda e: (-e.group, e.exemplar_id))
         first_of = {e.group: e for e in reversed(groups)}
         shown = top[:N_TOP] + [first_of[g] for g in sorted(first_of, reverse=True)]
-        limit = ctx.client.capabilities.context_tokens if ctx.client else None
-        while limit is not None and len(shown) > MIN_WINDOWS:
-            used = sum(count_tokens(ctx.client, m.content) + 4 for m in self._messages(shown, ctx))  # type: ignore[arg-type]
+        client = ctx.client
+        limit = client.capabilities.context_tokens if client is not None else None
+        while client is not None and limit is not None and len(shown) > MIN_WINDOWS:
+            used = sum(count_tokens(client, m.content) + 4 for m in self._messages(shown, ctx))
             if used + REPLY_TOKENS <= limit:
                 break
             shown = shown[:-1]  # the weakest group goes first
