@@ -21,7 +21,7 @@ from sae.config import require
 from sae.errors import Unsupported
 
 DECIMALS = 6
-LEARN_SHARE = 1 / 3
+LEARN_SHARE = 0.1
 """Share of a worked text whose slots still show ``?``."""
 
 
