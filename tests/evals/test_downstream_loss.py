@@ -42,8 +42,10 @@ def test_identity_changes_nothing_bit_for_bit(tiny_lm, hookpoint, store, tmp_pat
 def test_mean_and_zero_reproduce_their_ablations(tiny_lm, hookpoint, store, tmp_path) -> None:
     mean = store.read(store.kept_N).double().mean(0).float()
     shared: dict = {}
-    by_mean = run(tiny_lm, hookpoint, store, function(tiny_lm, hookpoint, store, lambda x: mean.expand_as(x)), tmp_path, shared)
-    by_zero = run(tiny_lm, hookpoint, store, function(tiny_lm, hookpoint, store, torch.zeros_like), tmp_path, shared)
+    by_mean, by_zero = (
+        run(tiny_lm, hookpoint, store, function(tiny_lm, hookpoint, store, f), tmp_path, shared)
+        for f in (lambda x: mean.expand_as(x), torch.zeros_like)
+    )
     assert by_mean["delta_ce"].value == pytest.approx(by_mean["floor_mean_delta_ce"].value, abs=1e-5)
     assert by_zero["delta_ce"].value == pytest.approx(by_zero["floor_zero_delta_ce"].value, abs=1e-6)
     for row in (by_mean["ce_recovered_mean"], by_zero["ce_recovered_zero"]):

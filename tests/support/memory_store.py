@@ -1,4 +1,4 @@
-"""Activations of the tiny LM in memory, with the reading side of sae.activations.ActivationStore; and subjects for them."""
+"""Activations of the tiny LM in memory, with the reading side of sae.activations.ActivationStore; and subjects."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,9 @@ class MemoryStore:
         return self.x_ND[flat] if isinstance(flat, slice) else self.x_ND[torch.as_tensor(np.asarray(flat))]
 
 
-def memory_store(lm: Any, hookpoint: str, *, rows: int = 16, L: int = 64, seed: int = 0, split: str = "test") -> MemoryStore:
+def memory_store(
+    lm: Any, hookpoint: str, *, rows: int = 16, L: int = 64, seed: int = 0, split: str = "test",
+) -> MemoryStore:
     """Random bytes in documents of about 40 tokens, captured by the LM itself; position 0 is dropped."""
     r = np.random.default_rng(seed)
     ids = r.integers(3, 259, size=(rows, L))
@@ -79,8 +81,8 @@ def memory_store(lm: Any, hookpoint: str, *, rows: int = 16, L: int = 64, seed: 
 
 def info(lm: Any, hookpoint: str, name: str, *, d_in: int, d_sae: int = 0, k: int | None = None) -> SubjectInfo:
     return SubjectInfo(
-        sae_id=name, kind="sae", lm=lm.name, lm_revision=lm.revision, hookpoint=hookpoint, architecture="topk", d_in=d_in,
-        d_sae=d_sae, k=k, train_tokens=0, sae_sha256="0" * 64,
+        sae_id=name, kind="sae", lm=lm.name, lm_revision=lm.revision, hookpoint=hookpoint, architecture="topk",
+        d_in=d_in, d_sae=d_sae, k=k, train_tokens=0, sae_sha256="0" * 64,
     )
 
 
