@@ -160,3 +160,83 @@ def test_prefix_reuse_equals_the_hooked_full_forward(tiny_lm) -> None:
         patched[P] = value
         full = tiny_lm.replace(ids[:, : P + T], hookpoint, patched[None, : P + T])[0, P:]
         assert torch.allclose(logits[row], full, atol=1e-5 * float(full.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_lm):
+    from memory_store import memory_store, topk_subject
+
+    hookpoint = tiny_lm.default_hookpoint()
+    store = memory_store(tiny_lm, hookpoint)
+    return tiny_lm, hookpoint, store, topk_subject(tiny_lm, hookpoint, store, steps=50)
+
+
+def run(measured, tmp_path, subject=None, shared=None):
+    from memory_store import context
+
+    lm, hookpoint, store, own = measured
+    result = ablation.PLUGIN.run(context(lm, hookpoint, store, subject or own, tmp_path, shared))
+    return {row.metric: row for row in result.rows}, result
+
+
+def test_rows_of_the_tiny_model(measured, tmp_path) -> None:
+    rows, result = run(measured, tmp_path)
+    assert set(rows) == {m.name for m in ablation.METRICS}
+    assert all(row.value is not None for row in rows.values())
+    assert 0 < rows["sparsity"].value < 1 and 0 < rows["floor_channels_sparsity"].value < 1
+    assert result.counts["positions"] == 6 and result.counts["active_latents"] == 48
+    details = result.details
+    assert details["gain_vs_random.num"].sum() / details["gain_vs_random.den"].sum() == pytest.approx(
+        rows["gain_vs_random"].value)
+
+
+def test_random_latents_have_no_gain(measured, tmp_path) -> None:
+    """A planted null: latents replaced by random directions differ from the floor by noise alone."""
+    from evals.base import Contributions
+
+    class Null:
+        info, provides = measured[3].info, measured[3].provides
+
+        def contributions(self, x_D):
+            drawn = rng("null", round(float(x_D[0]), 6)).normal(size=(8, len(x_D)))
+            vectors = torch.from_numpy(drawn.astype(np.float32))
+            return Contributions(torch.arange(8), torch.ones(8), vectors)
+
+    rows, _ = run(measured, tmp_path, Null())
+    assert abs(rows["gain_vs_random"].value) < 4 * rows["gain_vs_random"].stderr + 0.1
+
+
+def test_active_latents_only_and_the_contribution_is_what_decoding_loses(measured) -> None:
+    _, _, store, subject = measured
+    x = store.read([5])
+    found = subject.contributions(x[0])
+    codes, x_hat = subject.codes_and_reconstruction(x)
+    active = codes.values_NK[0] > 0
+    assert sorted(codes.indices_NK[0][active].tolist()) == found.indices_A.tolist()
+    assert (found.values_A > 0).all()
+    slot = int((codes.indices_NK[0] == found.indices_A[2]).nonzero()[0])
+    without = type(codes)(codes.values_NK.clone(), codes.indices_NK)
+    without.values_NK[0, slot] = 0
+    assert torch.allclose(x_hat[0] - subject.sae.decode(without, x)[0], found.vectors_AD[2], atol=1e-4)
+
+
+def test_no_active_latent_is_counted_not_scored(measured, tmp_path) -> None:
+    from evals.base import Contributions
+
+    class Silent:
+        info, provides = measured[3].info, measured[3].provides
+
+        def contributions(self, x_D):
+            return Contributions(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, len(x_D)))
+
+    rows, result = run(measured, tmp_path, Silent())
+    assert rows["sparsity"].value is None and rows["sparsity"].failure == "no_active_latent"
+    assert result.counts["no_active_latent"] == 6
+
+
+def test_the_channel_floor_is_measured_once_per_run(measured, tmp_path, monkeypatch) -> None:
+    calls, real = [], ablation.channel_contributions
+    monkeypatch.setattr(ablation, "channel_contributions", lambda *a: calls.append(1) or real(*a))
+    shared: dict = {}
+    first, second = run(measured, tmp_path, shared=shared)[0], run(measured, tmp_path, shared=shared)[0]
+    assert len(calls) == 6 and first == second
