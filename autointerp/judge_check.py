@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from autointerp.interfaces import Scorer, ScoreContext, ScoreJob, check_needs
+from autointerp.interfaces import ScoreContext, ScoreJob, Scorer, check_needs
 from autointerp.rates import auc, percentiles
 from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, JudgeCheck, ScoreItem
 from sae.config import require
