@@ -229,7 +229,7 @@ class AblationSparsity:
 
     def config(self, preset: str) -> dict[str, Any]:
         """Positions; most active latents per position; random directions and channels per position; T."""
-        sizes = {"quick": (20, 24, 8), "paper": (1_024, 64, 16), "tiny": (6, 8, 4)}[preset]
+        sizes = {"quick": (16, 24, 8), "paper": (1_024, 64, 16), "tiny": (6, 8, 4)}[preset]
         return {"positions": sizes[0], "latents": sizes[1], "floor_directions": sizes[2], "T": T_POSITIONS}
 
     def inputs(self, ctx: EvalContext) -> dict[str, str]:

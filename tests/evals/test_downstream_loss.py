@@ -96,6 +96,17 @@ def test_shared_passes_run_once(tiny_lm, hookpoint, store, tmp_path, monkeypatch
     assert first["kl"] == second["kl"] and first["floor_random_error_kl"] == second["floor_random_error_kl"]
 
 
+def test_the_random_error_in_some_batches_alone(tiny_lm, hookpoint, store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(downstream, "BATCH_TOKENS", 256)
+    subject = topk_subject(tiny_lm, hookpoint, store)
+    every = run(tiny_lm, hookpoint, store, subject, tmp_path)
+    config = EVAL.config("tiny") | {"random_error_every": 2}
+    monkeypatch.setattr(downstream.DownstreamLoss, "config", lambda self, preset: config)
+    some = run(tiny_lm, hookpoint, store, subject, tmp_path)
+    assert some["kl"] == every["kl"] and some["floor_random_error_kl"].n < every["floor_random_error_kl"].n
+    assert some["floor_random_error_kl"].value == pytest.approx(every["floor_random_error_kl"].value, rel=0.5)
+
+
 def test_clean_states_computed_again_give_the_same_numbers(tiny_lm, hookpoint, store, tmp_path, monkeypatch) -> None:
     subject = topk_subject(tiny_lm, hookpoint, store)
     kept = run(tiny_lm, hookpoint, store, subject, tmp_path)
@@ -150,10 +161,11 @@ def test_equivalent_compute_constants() -> None:
 def test_estimates_by_hand() -> None:
     own, ablations = UnitSums(), UnitSums()
     own.add([0, 1], {"n": [10, 30], "ce": [20, 60], "ce.sae": [21, 63], "kl.sae": [2, 6], "top1.sae": [9, 25],
-                     "kl.random": [1, 1]})
+                     "n.random": [10, 0], "kl.random": [4, 0]})
     ablations.add([0, 1], {"ce.zero": [60, 180], "ce.mean": [19, 59]})
     found = downstream.estimates(own, ablations, 2e12, 0, 200)
     assert found["delta_ce"].value == pytest.approx(0.1) and found["kl"].value == pytest.approx(0.2)
+    assert found["floor_random_error_kl"].value == pytest.approx(0.4) and found["floor_random_error_kl"].n == 1
     assert found["ce_recovered_zero"].value == pytest.approx((240 - 84) / (240 - 80))
     assert found["ce_recovered_mean"].failure == "gate_failed"  # the ablation costs nothing here
     assert found["equiv_compute"].value == pytest.approx(0.1326, abs=5e-5)
