@@ -217,8 +217,8 @@ def estimates(
 ) -> dict[str, Estimate]:
     """All metrics of METRICS B from sums per document.
 
-    ``own``: n, ce, ce.sae, kl.sae, top1.sae, n.random, kl.random. ``ablations``: ce.zero, ce.mean. ``full_tokens``: size of the
-    LM's pretraining text, None if unknown.
+    ``own``: n, ce, ce.sae, kl.sae, top1.sae, n.random, kl.random. ``ablations``: ce.zero, ce.mean.
+    ``full_tokens``: size of the LM's pretraining text, None if unknown.
     """
     n, clean, patched = own.get("n"), own.get("ce"), own.get("ce.sae")
     generator = lambda metric: rng(seed, "downstream_loss", metric, "bootstrap")  # noqa: E731
