@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from autointerp.config import ExemplarConfig
 from autointerp.exemplar_draws import LatentDraw, SplitText, draw_pairs, read_texts
+from autointerp.latent_cache import LatentCache, sample_latents
 from autointerp.records import (
     CALIBRATE,
     EXPLAIN,
@@ -32,10 +33,7 @@ from sae.console import track
 from sae.errors import ArtefactError, ConfigError, LeakError
 from sae.manifest import artefact_dir, is_complete, key_of, read_manifest, writing
 
-if TYPE_CHECKING:
-    from autointerp.latent_cache import LatentCache
-
-__all__ = ["ExemplarTable", "assert_no_leak", "build_exemplars", "draw_pairs"]
+__all__ = ["ExemplarTable", "assert_no_leak", "build_exemplars", "draw_pairs", "sample_latents"]
 
 KIND, STAGE_VERSION = "exemplars", 1
 FIELDS = (
@@ -48,7 +46,7 @@ FAILURE_FIELDS = ("latent", "code", "stage", "detail")
 
 
 def build_exemplars(
-    root: Path, cache: "LatentCache", latents: Iterable[int], cfg: ExemplarConfig, *, force: bool = False
+    root: Path, cache: LatentCache, latents: Iterable[int], cfg: ExemplarConfig, *, force: bool = False
 ) -> "ExemplarTable":
     """Draw and verify the windows of ``latents``; writes ``exemplars/<key>/``, skips a complete one.
 
@@ -92,7 +90,7 @@ def build_exemplars(
     return ExemplarTable.open(folder)
 
 
-def _check(cache: "LatentCache", latents: Sequence[int], cfg: ExemplarConfig) -> None:
+def _check(cache: LatentCache, latents: Sequence[int], cfg: ExemplarConfig) -> None:
     if (cfg.window_tokens, cfg.min_window_tokens) != (cache.window_tokens, cache.min_window_tokens):
         raise ConfigError(
             f"exemplars ask for windows of {cfg.min_window_tokens}..{cfg.window_tokens} tokens, the latent cache "
@@ -104,7 +102,7 @@ def _check(cache: "LatentCache", latents: Sequence[int], cfg: ExemplarConfig) ->
         raise ConfigError(f"{cache.sae_id} has latents 0..{cache.d_sae - 1}, not {wrong[:5]}")
 
 
-def _ineligible(cache: "LatentCache", latent: int, cfg: ExemplarConfig) -> dict[str, str]:
+def _ineligible(cache: LatentCache, latent: int, cfg: ExemplarConfig) -> dict[str, str]:
     stats = cache.stats.loc[latent]
     dead = int(stats["n_active"]) == 0
     found = ", ".join(
@@ -117,7 +115,7 @@ def _ineligible(cache: "LatentCache", latent: int, cfg: ExemplarConfig) -> dict[
 
 
 def _draw(
-    cache: "LatentCache",
+    cache: LatentCache,
     texts: dict[str, SplitText],
     latent: int,
     cfg: ExemplarConfig,

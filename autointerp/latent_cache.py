@@ -51,10 +51,10 @@ class SampledLatents(NamedTuple):
 
     latents: NDArray[np.int64]
     """Ascending."""
-    n_alive: int
+    alive: int
     """Latents with any activation."""
-    n_eligible: int
-    n_requested: int
+    eligible: int
+    requested: int
 
 
 def sae_hash(sae: "SAE") -> str:
@@ -321,5 +321,5 @@ def sample_latents(cache: LatentCache, n: int, seed: int = 0, cfg: ExemplarConfi
     """``n`` latents drawn uniformly without replacement from the eligible, ascending; all of them if fewer exist."""
     eligible = cache.eligible(cfg)
     drawn = rng(seed, cache.sae_id, "sample_latents").permutation(eligible)[:n]
-    n_alive = int((cache.stats["n_active"] > 0).sum())
-    return SampledLatents(np.sort(drawn), n_alive, int(eligible.size), n)
+    alive = int((cache.stats["n_active"] > 0).sum())
+    return SampledLatents(np.sort(drawn), alive, int(eligible.size), n)
