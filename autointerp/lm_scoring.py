@@ -294,4 +294,3 @@ def _gather(
         for s, q, ids in entries:
             yield s, q, values[start : start + len(ids)]
             start += len(ids)
-

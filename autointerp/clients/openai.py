@@ -186,7 +186,7 @@ class OpenAIClient:
                 if error.code == "rate_limited":
                     gate.too_fast()
             except SaescopeError as error:
-                self._fatal = error
+                self._fatal = self._fatal or error
                 return None
             wait_s = self._wait_s(index, attempt, trouble.after_s)
             last = attempt == self.retries.attempts - 1
@@ -194,7 +194,7 @@ class OpenAIClient:
                 break
             await asyncio.sleep(wait_s)
         self._unanswered += 1
-        if self._unanswered >= DEAD_AFTER_REQUESTS:
+        if self._unanswered >= DEAD_AFTER_REQUESTS and self._fatal is None:
             self._fatal = SaescopeError(
                 f"the server at {self._host(sdk)} gave no usable answer to {self._unanswered} requests in a row "
                 f"(the last: {trouble.code}, {trouble}); see that it runs, then run the same command again"

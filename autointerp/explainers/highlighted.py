@@ -28,7 +28,7 @@ N_TOP = 10
 MIN_WINDOWS = 2
 COPIED_WORDS = 8
 """An explanation of at least so many words that stands word for word in a window is a copy, not an explanation."""
-_LABEL = re.compile(r"^\s*\W*EXPLANATION\W*:\s*(.+)$", re.I | re.M)
+_LABEL = re.compile(r"^[\s*_#]*EXPLANATION[*_]*:[\s*_]*(.+)$", re.I | re.M)
 _HEDGE = re.compile(
     r"\b(unclear|unknown|not (?:clear|sure|certain)|no (?:clear|obvious|single|common)|cannot (?:tell|say|determine)|"
     r"can't (?:tell|say|determine)|difficult to|hard to (?:say|tell)|various|miscellaneous|insufficient)\b",

@@ -7,6 +7,7 @@ answer is yes, no or a typed failure. Metrics: AUTOINTERP 5.2.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from autointerp.classify import DETECTION_METRICS, detection_scores, make_items, null_scores
@@ -63,6 +64,7 @@ class Detection:
         if mode == "auto":
             mode = "logprob" if ctx.client.capabilities.next_token else "list"
         check_capability(ctx.client, "next_token" if mode == "logprob" else "generate", f"{self.name} ({mode} mode)")
+        jobs = [replace(job, exemplars=tuple(_ordered(job))) for job in jobs]
         usable = [i for i, job in enumerate(jobs) if job.explanation.text is not None and job.exemplars]
         judge = self._by_logprob if mode == "logprob" else self._by_list
         found = dict(zip(usable, judge([jobs[i] for i in usable], ctx, ctx.client), strict=True))
@@ -83,26 +85,21 @@ class Detection:
 
     def _by_logprob(self, jobs: Sequence[ScoreJob], ctx: ScoreContext, client: Client) -> list[list[ScoreItem]]:
         prompt = load_prompt("detection_logprob")
-        requests, sizes = [], []
+        requests = []
         for job in jobs:
-            exemplars = _ordered(job)
-            sizes.append(len(exemplars))
-            for exemplar in exemplars:
+            for exemplar in job.exemplars:
                 window = window_text(ctx.tokenizer, exemplar.token_ids)
                 messages = prompt.messages(explanation=escaped(job.explanation.text or ""), window=window)
                 requests.append(NextTokenRequest(messages=messages, choices=YES + NO, origin=_origin(job)))
         values = iter([_p_yes(reply) for reply in client.logprobs(requests)])
-        return [
-            make_items(job, _ordered(job), [next(values) for _ in range(n)], 0.5, self.name)
-            for job, n in zip(jobs, sizes, strict=True)
-        ]
+        return [make_items(job, job.exemplars, [next(values) for _ in job.exemplars], 0.5, self.name) for job in jobs]
 
     def _by_list(self, jobs: Sequence[ScoreJob], ctx: ScoreContext, client: Client) -> list[list[ScoreItem]]:
         prompt = load_prompt("detection_list")
         requests: list[GenerateRequest] = []
         shown: list[tuple[int, list[Exemplar]]] = []
         for j, job in enumerate(jobs):
-            mixed = _ordered(job)
+            mixed = list(job.exemplars)
             # One order per latent, the same under the true and a shuffled explanation.
             rng(ctx.seed, job.sae_id, job.latent, "detection").shuffle(mixed)  # type: ignore[arg-type]
             for start in range(0, len(mixed), self.per_request):

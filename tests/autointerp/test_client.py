@@ -49,7 +49,8 @@ def test_any_difference_changes_the_key() -> None:
         replace(base, stop=("\n",)), replace(base, schema={"type": "object"}), replace(base, attempt=1),
         NextTokenRequest(messages=base.messages, choices=("Yes",)),
         ContinuationRequest(prompt="a", continuations=(" b",)), ContinuationRequest(prompt="a", continuations=(" c",)),
-        SlotRequest(ids=(1, 2, 3), positions=(0,), token_ids=(4,)), SlotRequest(ids=(1, 2), positions=(0,), token_ids=(4,)),
+        SlotRequest(ids=(1, 2, 3), positions=(0,), token_ids=(4,)),
+        SlotRequest(ids=(1, 2), positions=(0,), token_ids=(4,)),
     ]  # fmt: skip
     keys = [request_key(HERE, r) for r in (base, *others)]
     keys += [request_key(i, base) for i in (replace(HERE, model="n"), replace(HERE, revision="2"))]
@@ -60,8 +61,9 @@ def test_the_key_ignores_whom_it_is_for_and_the_hash_seed() -> None:
     assert request_key(HERE, ask("x")) == request_key(HERE, ask("x", origin=Origin(stage="s", latent=3)))
     program = (
         "from autointerp.client import *;"
-        "print(request_key(Identity(endpoint='e', model='m'), GenerateRequest(messages=(Message(role='user', content='ö'),),"
-        "max_tokens=3, schema={'b': 1, 'a': [2]})))"
+        "messages = (Message(role='user', content='ö'),);"
+        "print(request_key(Identity(endpoint='e', model='m'), GenerateRequest(messages=messages, max_tokens=3,"
+        " schema={'b': 1, 'a': [2]})))"
     )
     said = {
         subprocess.run(

@@ -1,0 +1,476 @@
+"""Contract suite of the clients: order, faults, exact log-probabilities, imports, keys."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from loopback import ChatServer, Fault, completion
+
+from autointerp.client import (
+    CachedClient,
+    ContinuationRequest,
+    GenerateRequest,
+    LogprobReply,
+    Message,
+    NextTokenRequest,
+    Reply,
+    SlotRequest,
+    open_client,
+)
+from autointerp.clients.openai import OpenAIClient, Retries
+from autointerp.clients.scripted import ScriptedClient
+from autointerp.records import Failure
+from autointerp.reply_cache import ReplyCache
+from sae.errors import ArtefactError, BudgetExceeded, ConfigError, SaescopeError, Unsupported
+from sae.plugins import find, names
+
+FAST = Retries(attempts=4, first_delay_s=0.01, max_delay_s=0.05, total_s=20)
+SCHEMA = {"type": "object", "properties": {"match": {"type": "array"}}, "required": ["match"]}
+SECRET = "sk-planted-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def ask(text: str, **options) -> GenerateRequest:
+    options = {"max_tokens": 8, **options}
+    return GenerateRequest(messages=(Message(role="user", content=text),), **options)
+
+
+def server_client(server: ChatServer, **options) -> OpenAIClient:
+    options = {"retries": FAST, "timeout_s": 5.0, **options}
+    return OpenAIClient(model="m", base_url=server.url, **options)
+
+
+# --- all clients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names("autointerp.clients"))
+def test_importing_a_client_imports_no_backend(name: str) -> None:
+    program = (
+        f"import sys; import autointerp.clients.{name};"
+        "bad = {'torch', 'transformers', 'openai', 'vllm', 'httpx2', 'httpx'} & set(sys.modules); print(sorted(bad))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", names("autointerp.clients"))
+def test_every_client_has_the_protocol(name: str) -> None:
+    plugin = find("autointerp.clients", name)
+    assert callable(plugin.generate) and callable(plugin.logprobs)
+
+
+# --- openai ----------------------------------------------------------------------------------------------------------
+
+
+def test_replies_come_in_order_with_their_usage() -> None:
+    def answer(body, n):
+        time.sleep(0.05 if body["messages"][-1]["content"] == "0" else 0)
+        return completion("R" + body["messages"][-1]["content"])
+
+    with ChatServer(answer) as server:
+        replies = server_client(server).generate([ask(str(i)) for i in range(40)])
+    assert [r.text for r in replies] == [f"R{i}" for i in range(40)]
+    assert (replies[0].usage.prompt_tokens, replies[0].usage.cached_tokens, replies[0].usage.output_tokens) == (
+        11,
+        4,
+        3,
+    )
+
+
+def test_every_fault_ends_as_reply_or_typed_failure_none_lost() -> None:
+    """One request per fault, among good ones; what recovers is a reply, what does not is its own failure."""
+    once = {
+        "sleep": Fault("sleep", body=1.5), "429": Fault("status", status=429, body={"error": {"message": "slow"}}),
+        "429 after": Fault("status", status=429, headers={"retry-after": "0.1"}, body={}),
+        "429 date": Fault("status", status=429, headers={"retry-after": formatdate(time.time(), usegmt=True)}, body={}),
+        "500": Fault("status", status=500, body={}), "503": Fault("status", status=503, body=b"<html>no</html>"),
+        "cut": Fault("truncated", body=completion("x")), "reset": Fault("reset"),
+    }  # fmt: skip
+    always = {
+        "always sleep": (Fault("sleep", body=1.5), "timeout"),
+        "always 429": (Fault("status", status=429, body={}), "rate_limited"),
+        "always 500": (Fault("status", status=500, body={}), "server_error"),
+        "always cut": (Fault("truncated", body=completion("x")), "server_error"),
+        "always reset": (Fault("reset"), "connection"),
+        "shape": ({"hello": 1}, "schema"),
+        "shape 2": ({"choices": [{"message": 3}]}, "schema"),
+        "list": ([1, 2], "schema"),
+        "no choices": ({"choices": []}, "empty"),
+        "refusal": (completion(None, refusal="I cannot"), "refusal"),
+        "filter": (completion("", finish="content_filter"), "refusal"),
+        "blank": (completion("  "), "empty"),
+        "thought too long": (completion(None, finish="length"), "truncated"),
+        "too long": (
+            Fault("status", status=400, body={"error": {"code": "context_length_exceeded"}}),
+            "prompt_too_long",
+        ),
+        "bad request": (Fault("status", status=400, body={"error": {"message": "what?"}}), "unsupported"),
+    }
+    good = [f"good {i}" for i in range(12)]
+
+    def answer(body, n):
+        text = body["messages"][-1]["content"]
+        if text in once and n == 0:
+            return once[text]
+        return always[text][0] if text in always else completion("R " + text)
+
+    asked = [t for pair in zip([*once, *always], (good * 2)[: len(once) + len(always)], strict=True) for t in pair]
+    heard: list[int] = []
+    with ChatServer(answer) as server:
+        client = server_client(server, timeout_s=0.4)
+        answers = client.generate([ask(t) for t in asked], on_reply=lambda i, a: heard.append(i))
+        sent = [b["messages"][-1]["content"] for b in server.bodies]
+    assert len(answers) == len(asked) and sorted(heard) == list(range(len(asked)))
+    for text, got in zip(asked, answers, strict=True):
+        if text in always:
+            assert isinstance(got, Failure) and got.code == always[text][1], (text, got)
+        else:
+            assert isinstance(got, Reply) and got.text == f"R {text}", (text, got)
+    assert all(sent.count(t) == 2 for t in once)
+    assert sent.count("always 500") == sent.count("always reset") == FAST.attempts
+    assert sent.count("bad request") == sent.count("refusal") == 1  # never retried
+
+
+def test_retry_after_is_waited_for() -> None:
+    limited = Fault("status", status=429, headers={"retry-after": "0.4"}, body={})
+    with ChatServer(lambda body, n: limited if n == 0 else completion("x")) as server:
+        started = time.monotonic()
+        assert server_client(server).generate([ask("a")])[0].text == "x"
+    assert time.monotonic() - started >= 0.4
+
+
+def test_429_lowers_the_number_in_flight() -> None:
+    def answer(body, n):
+        time.sleep(0.02)
+        return Fault("status", status=429, body={}) if n == 0 else completion("x")
+
+    with ChatServer(answer) as server:
+        client = server_client(server, concurrency=16)
+        replies = client.generate([ask(str(i)) for i in range(60)])
+        assert all(isinstance(r, Reply) for r in replies)
+        assert server.most_in_flight <= 16
+
+
+def test_many_requests_fly_at_once() -> None:
+    def answer(body, n):
+        time.sleep(0.1)
+        return completion("x")
+
+    with ChatServer(answer) as server:
+        started = time.monotonic()
+        server_client(server).generate([ask(str(i)) for i in range(64)])
+        elapsed = time.monotonic() - started
+        assert server.most_in_flight > 8
+    assert elapsed < 64 * 0.1 / 2  # one after another takes 6.4 s
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "said"),
+    [
+        (401, {"error": {"message": f"Incorrect API key provided: {SECRET}"}}, ConfigError, "OPENAI_API_KEY"),
+        (403, {}, ConfigError, "refused the key"),
+        (404, {"error": {"message": "model not found"}}, ConfigError, "no model 'm'"),
+        (402, {}, BudgetExceeded, "no credit"),
+        (429, {"error": {"code": "insufficient_quota"}}, BudgetExceeded, "no credit"),
+    ],
+)
+def test_what_cannot_get_better_stops_the_run_once(status, body, kind, said, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+
+    def answer(sent, n):
+        return completion("x") if sent["messages"][-1]["content"] == "0" else Fault("status", status=status, body=body)
+
+    with ChatServer(answer) as server:
+        client = CachedClient(server_client(server), ReplyCache(tmp_path / "r.sqlite"))
+        with pytest.raises(kind, match=said) as caught:
+            client.generate([ask(str(i)) for i in range(200)])
+        assert len(server.bodies) <= 40  # those in flight, no retries
+    assert SECRET not in str(caught.value)
+    assert len(client.cache) == 1  # the reply in flight was kept
+
+
+def test_a_dead_server_stops_the_run() -> None:
+    with ChatServer(lambda body, n: completion("x")) as server:
+        pass  # closed: nobody listens there any more
+    with pytest.raises(SaescopeError, match="8 requests in a row"):
+        server_client(server).generate([ask(str(i)) for i in range(100)])
+
+
+def test_structured_output_is_lowered_where_the_server_does_not_know_it() -> None:
+    def answer(body, n):
+        kind = body.get("response_format", {}).get("type")
+        if kind is not None:
+            return Fault("status", status=400, body={"error": {"message": f"response_format {kind} is not supported"}})
+        return completion('{"match": []}')
+
+    with ChatServer(answer) as server:
+        client = server_client(server)
+        assert all(isinstance(r, Reply) for r in client.generate([ask(str(i), schema=SCHEMA) for i in range(5)]))
+        assert client.structured == "parse"
+        sent = len(server.bodies)
+        client.generate([ask("later", schema=SCHEMA)])
+        assert len(server.bodies) == sent + 1
+
+
+def test_reasoning_models_get_their_own_limit() -> None:
+    def answer(body, n):
+        if "max_tokens" in body:
+            said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+            return Fault("status", status=400, body={"error": {"message": said}})
+        return completion(str(body["max_completion_tokens"]))
+
+    with ChatServer(answer) as server:
+        assert server_client(server).generate([ask("a", max_tokens=77)])[0].text == "77"
+
+
+def test_each_request_keeps_its_own_sampling() -> None:
+    with ChatServer(lambda body, n: completion("x")) as server:
+        server_client(server).generate([ask("a", max_tokens=1), ask("b", max_tokens=200, temperature=0.8, seed=5)])
+        by_text = {b["messages"][-1]["content"]: b for b in server.bodies}
+    assert (by_text["a"]["max_tokens"], by_text["a"]["temperature"]) == (1, 0.0)
+    assert (by_text["b"]["max_tokens"], by_text["b"]["temperature"], by_text["b"]["seed"]) == (200, 0.8, 5)
+
+
+def test_first_token_logprobs_from_the_top_list() -> None:
+    top = [{"token": "Yes", "logprob": -0.1, "bytes": None}, {"token": "No", "logprob": -2.5, "bytes": None}]
+
+    def answer(body, n):
+        said = completion("Yes")
+        said["choices"][0]["logprobs"] = {"content": [{"token": "Yes", "logprob": -0.1, "top_logprobs": top}]}
+        return said
+
+    request = NextTokenRequest(messages=(Message(role="user", content="q"),), choices=("Yes", "No", "Maybe"))
+    with ChatServer(answer) as server:
+        assert server_client(server, next_token=True).logprobs([request])[0].rows == ((-0.1, -2.5, None),)
+        with pytest.raises(Unsupported):
+            server_client(server).logprobs([request])
+        bare = ChatServer(lambda body, n: completion("Yes"))
+        with bare:
+            assert server_client(bare, next_token=True).logprobs([request])[0].code == "unsupported"
+
+
+def test_no_written_byte_and_no_message_holds_the_key(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    caplog.set_level("DEBUG")
+
+    def answer(body, n):
+        text = body["messages"][-1]["content"]
+        said = {"error": {"message": f"bad {SECRET} and Bearer {SECRET}"}}
+        return Fault("status", status=400, body=said) if text == "bad" else completion("fine")
+
+    with ChatServer(answer) as server:
+        client = open_client(
+            "openai", replies=tmp_path / "r.sqlite", keep_requests=True, model="m", base_url=server.url, retries=FAST
+        )
+        answers = client.generate([ask("good"), ask("bad")])
+        client.ledger.write(tmp_path / "ledger.parquet")
+        client.close()
+    assert answers[1].code == "unsupported" and "[key]" in answers[1].detail
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(written) >= 2
+    assert all(SECRET.encode() not in p.read_bytes() for p in written)
+    assert SECRET not in repr(answers) and SECRET not in repr(vars(client.backend)) and SECRET not in caplog.text
+
+
+def test_it_works_inside_a_running_event_loop() -> None:
+    with ChatServer(lambda body, n: completion("x")) as server:
+        client = server_client(server)
+
+        async def notebook() -> list:
+            return client.generate([ask("a")])
+
+        assert asyncio.run(notebook())[0].text == "x"
+
+
+def test_what_is_missing_is_said_at_construction() -> None:
+    with pytest.raises(ConfigError, match="--llm"):
+        OpenAIClient(base_url="http://127.0.0.1:1/v1")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        OpenAIClient(model="m")
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def test_replay_repeats_and_refuses_what_it_does_not_hold(tmp_path: Path) -> None:
+    path = tmp_path / "r.sqlite"
+    live = open_client("scripted", replies=path, answer=lambda r: "R" + r.messages[0].content, model="big")
+    replies = live.generate([ask("a"), ask("b")])
+    live.close()
+    replay = open_client("replay", replies=path)
+    assert replay.identity.model == "big"
+    assert replay.generate([ask("b"), ask("a")]) == replies[::-1]
+    with pytest.raises(ArtefactError, match="1 of 1 requests"):
+        replay.generate([ask("a"), ask("new")])
+    open_client("scripted", replies=path, answer=lambda r: "x", model="other").close()
+    with pytest.raises(ConfigError, match="2 models fit"):
+        open_client("replay", replies=path)
+    assert open_client("replay", replies=path, model="other").identity.model == "other"
+
+
+def test_a_script_that_runs_out_fails_and_does_not_invent() -> None:
+    answers = ScriptedClient(queue=["a"]).generate([ask("1"), ask("2")])
+    assert answers[0].text == "a" and answers[1].code == "connection"
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local(tiny_lm):
+    from autointerp.clients.transformers import TransformersClient
+
+    return TransformersClient(lm=tiny_lm, batch_tokens=120, pack_tokens=40)
+
+
+def naive(lm, ids: list[int]):
+    """log P of every next token, [T, V]."""
+    import torch
+
+    return torch.log_softmax(lm.logits(torch.tensor([ids]))[0], -1)
+
+
+def test_continuations_equal_plain_passes(tiny_lm, local) -> None:
+    prompt = (0, 40, 41, 42, 43)
+    ends = [(50, 51, 52), (50, 51, 53), (50,), (60, 61, 62, 63, 64)]
+    requests = [ContinuationRequest(prompt=(*prompt, p), continuations=tuple(ends)) for p in (70, 71, 72)]
+    replies = local.logprobs(requests)
+    for request, reply in zip(requests, replies, strict=True):
+        assert reply.counts == (3, 3, 1, 5)
+        for end, total in zip(ends, reply.sums, strict=True):
+            ids = [*request.prompt, *end]
+            log_p = naive(tiny_lm, ids)
+            want = sum(float(log_p[len(request.prompt) - 1 + k, t]) for k, t in enumerate(end))
+            assert total == pytest.approx(want, abs=1e-3)
+    assert local.scorer.mode == "tree"
+
+
+def test_slots_equal_plain_passes_and_the_beginning_is_read_once(tiny_lm, local) -> None:
+    shared = list(range(3, 63))
+    requests = [
+        SlotRequest(
+            ids=(*shared, *(100 + (i * j) % 50 for j in range(20))), positions=(0, 59, 65, 79), token_ids=(5, 6, 7)
+        )
+        for i in range(8)
+    ]
+    before = local.scorer.n_read
+    replies = local.logprobs(requests)
+    assert local.scorer.n_read - before <= 60 + 8 * 20
+    for request, reply in zip(requests, replies, strict=True):
+        log_p = naive(tiny_lm, list(request.ids))
+        for position, row in zip(request.positions, reply.rows, strict=True):
+            assert row == pytest.approx([float(log_p[position, t]) for t in request.token_ids], abs=1e-3)
+
+
+def test_a_model_without_tree_attention_is_read_plainly(tiny_lm) -> None:
+    from autointerp.lm_scoring import LocalScorer, Query
+
+    class Scaled:
+        """Logits of the model are halved behind the output embedding, as some families do."""
+
+        def __init__(self, model) -> None:
+            self._model = model
+
+        def __getattr__(self, name):
+            return getattr(self._model, name)
+
+        def __call__(self, **options):
+            out = self._model(**options)
+            out.logits = out.logits / 2
+            return out
+
+    scorer = LocalScorer(Scaled(tiny_lm.model))
+    ids = [0, *range(30, 60)]
+    values = scorer.score([(ids, [Query(20, (4, 5))])])[0][0]
+    assert scorer.mode == "plain"
+    import torch
+
+    want = torch.log_softmax(tiny_lm.logits(torch.tensor([ids]))[0] / 2, -1)[20, [4, 5]].tolist()
+    assert values == pytest.approx(want, abs=1e-4)
+
+
+def test_order_and_company_do_not_matter(local) -> None:
+    requests = [
+        ContinuationRequest(prompt=(0, *range(10, 10 + n)), continuations=((80, 81), (82,))) for n in (1, 30, 7, 12, 3)
+    ]
+    together = local.logprobs(requests)
+    turned = local.logprobs(requests[::-1])[::-1]
+    alone = [local.logprobs([r])[0] for r in requests]
+    for a, b, c in zip(together, turned, alone, strict=True):
+        assert a.sums == pytest.approx(b.sums, abs=1e-4) and a.sums == pytest.approx(c.sums, abs=1e-4)
+
+
+def test_text_prompts_open_with_the_models_first_token(tiny_lm, local) -> None:
+    from sae.tokens import prefix_id
+
+    ids = tiny_lm.tokenizer.encode("abc", add_special_tokens=False)
+    end = tuple(tiny_lm.tokenizer.encode(" d", add_special_tokens=False))
+    by_text, by_ids = local.logprobs(
+        [
+            ContinuationRequest(prompt="abc", continuations=(" d",)),
+            ContinuationRequest(prompt=(prefix_id(tiny_lm.tokenizer), *ids), continuations=(end,)),
+        ]
+    )
+    assert by_text.sums == by_ids.sums
+
+
+def test_next_token_choices(tiny_lm, local) -> None:
+    request = NextTokenRequest(messages=(Message(role="user", content="q"),), choices=("Y", "N", "Yes"))
+    row = local.logprobs([request])[0].rows[0]
+    assert row[2] is None  # three bytes, three tokens
+    assert row[0] < 0 and row[1] < 0
+
+
+def test_mixed_generation_honours_each_request(tiny_lm, local) -> None:
+    requests = [
+        ask("hello", max_tokens=1),
+        ask("some longer text than that", max_tokens=12),
+        ask("hello", max_tokens=9, temperature=1.0, seed=3),
+        ask("hello", max_tokens=9, temperature=1.0, seed=4),
+    ]
+    together = local.generate(requests)
+    alone = [local.generate([r])[0] for r in requests]
+    assert [_said(a) for a in together] == [_said(a) for a in alone]
+    lengths = [a.usage.output_tokens for a in together if isinstance(a, Reply)]
+    assert all(n <= r.max_tokens for n, r in zip(lengths, requests, strict=True)) or len(lengths) < 4
+    assert _said(together[2]) != _said(together[3])
+
+
+def _said(answer) -> str:
+    return answer.text if isinstance(answer, Reply) else answer.code
+
+
+def test_greedy_generation_equals_the_plain_loop(tiny_lm, local) -> None:
+    import torch
+
+    answer = local.generate([ask("abcdef", max_tokens=6)])[0]
+    ids = local._chat_ids(ask("abcdef").messages)
+    new: list[int] = []
+    for _ in range(6):
+        token = int(tiny_lm.logits(torch.tensor([ids + new]))[0, -1].argmax())
+        if token == tiny_lm.tokenizer.eos_token_id:
+            break
+        new.append(token)
+    assert _said(answer) == (tiny_lm.tokenizer.decode(new, skip_special_tokens=True) or "empty")
+
+
+def test_what_does_not_fit_is_a_failure(local) -> None:
+    limit = local.context_tokens
+    answers = local.logprobs(
+        [
+            ContinuationRequest(prompt=tuple([5] * limit), continuations=((6,),)),
+            ContinuationRequest(prompt=(5,), continuations=((6,),)),
+        ]
+    )
+    assert answers[0].code == "prompt_too_long" and isinstance(answers[1], LogprobReply)
+    assert local.generate([ask("x", max_tokens=limit)])[0].code == "prompt_too_long"
