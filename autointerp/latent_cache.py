@@ -232,6 +232,7 @@ class LatentCache:
         self.splits: tuple[str, ...] = tuple(s for s in INTERP_SPLITS if s in self._about["splits"])
         self._arrays: dict[str, tuple[NDArray[Any], ...]] = {}
         self._tokens: dict[str, TokenSet] = {}
+        self._docs: dict[str, NDArray[np.int32]] = {}
         self._windows: dict[str, Windows] = {}
 
     @classmethod
@@ -264,10 +265,10 @@ class LatentCache:
 
     def tokens(self, split: str) -> "TokenSet":
         """The token set of a split."""
-        from sae.tokens import TokenSet
-
         self._split(split)
         if split not in self._tokens:
+            from sae.tokens import TokenSet
+
             place = Path(os.path.normpath(self.folder / self._about["splits"][split]["tokens"]))
             self._tokens[split] = TokenSet.open(place)
         return self._tokens[split]
@@ -278,7 +279,9 @@ class LatentCache:
 
     def doc_of(self, split: str) -> NDArray[np.int32]:
         """Document index of each flat token, [N]."""
-        return np.asarray(self.tokens(split).doc_ids_BL()).reshape(-1)
+        if split not in self._docs:
+            self._docs[split] = np.asarray(self.tokens(split).doc_ids_BL()).reshape(-1)
+        return self._docs[split]
 
     def windows(self, split: str) -> Windows:
         """The grid of a split."""
