@@ -1,0 +1,353 @@
+"""The leaderboard as data: which rows become which columns, floors, gains, matched L0, Pareto states. Torch-free.
+
+A column is one (evaluation, metric, slice, evaluation version, preset): two versions, two presets or two judges never
+share one (METRICS 2). A missing value is a :class:`Cell` without value and with a reason; it takes part in no ranking.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from evals.columns import HEADLINE, ColumnSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Z95 = 1.959964
+"""Half width of a 95 % normal interval in standard errors."""
+MATCHED_L0 = (8, 16, 32, 64, 128, 256)
+SUBJECT_FIELDS = (
+    "sae_id",
+    "kind",
+    "lm",
+    "lm_revision",
+    "hookpoint",
+    "architecture",
+    "d_in",
+    "d_sae",
+    "k",
+    "train_tokens",
+    "sae_sha256",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A headline column as it stands on one board."""
+
+    spec: ColumnSpec
+    id: str
+    """Key, followed by what tells variants apart when there are several (`fvu@v2.paper`)."""
+    version: int
+    preset: str
+    slice: str
+    title: str
+    judge: str = ""
+    weak: str = ""
+    """Why the judge is not believed; such a column is shown and never ranked."""
+
+    @property
+    def ranked(self) -> bool:
+        return self.spec.better != "neither" and not self.weak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One number with its interval, or the reason why there is none."""
+
+    value: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    stderr: float | None = None
+    n: int = 0
+    n_failed: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Value of an SAE minus that of its random SAE."""
+
+    value: float
+    ci_low: float | None
+    ci_high: float | None
+    verdict: Literal["better", "worse", "undecided", ""]
+    """"" where the column has no better side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardSubject:
+    """One line of the board: an SAE, or a baseline that is a floor."""
+
+    fields: dict[str, Any]
+    """SUBJECT_FIELDS; a missing number is None."""
+    provenance: dict[str, str]
+    n_failed: int
+    n_rows: int
+    random_id: str | None = None
+    """The random SAE it is compared with."""
+
+    @property
+    def sae_id(self) -> str:
+        return str(self.fields["sae_id"])
+
+    @property
+    def is_baseline(self) -> bool:
+        return bool(self.fields["kind"] == "baseline")
+
+    @property
+    def short(self) -> str:
+        """Readable name without the LM, which the page states once."""
+        prefix = f"{str(self.fields['lm']).rsplit('/', 1)[-1].lower()}."
+        name = self.sae_id.removeprefix("baseline.").removeprefix(prefix)
+        return name.removeprefix(f"{self.fields['hookpoint']}.") or self.sae_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """All that tables and pages show; see :func:`build_board`."""
+
+    columns: list[Column] = field(default_factory=list)
+    subjects: list[BoardSubject] = field(default_factory=list)
+    """SAEs first, baselines below."""
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    """(sae_id, column id) -> cell; every pair is present."""
+    gains: dict[tuple[str, str], Gain] = field(default_factory=dict)
+
+    @property
+    def saes(self) -> list[BoardSubject]:
+        return [s for s in self.subjects if not s.is_baseline]
+
+    @property
+    def baselines(self) -> list[BoardSubject]:
+        return [s for s in self.subjects if s.is_baseline]
+
+    def columns_of(self, key: str) -> list[Column]:
+        return [c for c in self.columns if c.spec.key == key]
+
+    def best(self, column: Column) -> set[str]:
+        """The SAE with the best value and all whose interval overlaps its own; empty for unranked columns."""
+        if not column.ranked:
+            return set()
+        sign = 1 if column.spec.better == "higher" else -1
+        known = [(s.sae_id, self.cells[s.sae_id, column.id]) for s in self.saes]
+        known = [(i, c) for i, c in known if c.value is not None]
+        if len(known) < 2:
+            return set()
+        top = max(known, key=lambda p: (sign * p[1].value, p[0]))[1]  # type: ignore[operator]
+        return {i for i, c in known if c.value == top.value or overlap(c, top)}
+
+
+def overlap(a: Cell, b: Cell) -> bool:
+    """Do two 95 % intervals meet? False when one is unknown."""
+    if None in (a.ci_low, a.ci_high, b.ci_low, b.ci_high):
+        return False
+    return bool(a.ci_low <= b.ci_high and b.ci_low <= a.ci_high)  # type: ignore[operator]
+
+
+def slice_parts(text: str) -> dict[str, str]:
+    """``"explainer=pmi,scorer=embedding"`` as a dict; a part without ``=`` is dropped."""
+    return dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+
+
+def plain(value: Any) -> Any:
+    """A pandas scalar as JSON would have it; NaN becomes None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or str(value) in ("nan", "NaT", "<NA>"):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def newest(results: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per (sae_id, eval, version, metric, slice, split, preset): lowest seed, of it the newest run."""
+    identity = ["sae_id", "eval", "eval_version", "metric", "slice", "split", "preset"]
+    ordered = results.assign(_made=results["created_at"].fillna("").astype(str))
+    ordered = ordered.sort_values(
+        [*identity, "seed", "_made", "run_key"], ascending=[True] * 8 + [False, True], kind="stable"
+    )
+    return ordered.drop_duplicates(identity, keep="first").drop(columns="_made").reset_index(drop=True)
+
+
+def _matching(rows: "pd.DataFrame", spec: ColumnSpec) -> "pd.DataFrame":
+    found = rows[(rows["eval"] == spec.eval) & (rows["metric"] == spec.metric)]
+    wanted = dict(spec.slice)
+    if not wanted:
+        return found[found["slice"] == ""]
+    return found[[wanted.items() <= slice_parts(s).items() for s in found["slice"]]]
+
+
+def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str], str]) -> list[Column]:
+    """The variants of one headline column, the most recent version first."""
+    found = _matching(rows, spec)
+    variants = sorted(
+        {
+            (-int(v), str(p), str(s))
+            for v, p, s in zip(found["eval_version"], found["preset"], found["slice"], strict=True)
+        }
+    )
+    columns = []
+    for minus_version, preset, slice_text in variants:
+        parts = slice_parts(slice_text)
+        tags = [f"v{-minus_version}", preset] if len({v[:2] for v in variants}) > 1 else []
+        if len({v[2] for v in variants}) > 1:
+            tags += [value for name, value in sorted(parts.items()) if (name, value) not in spec.slice]
+        judge = parts.get("judge", "")
+        columns.append(
+            Column(
+                spec=spec,
+                id=spec.key + (f"@{'.'.join(tags)}" if tags else ""),
+                version=-minus_version,
+                preset=preset,
+                slice=slice_text,
+                title=spec.title + (f" ({', '.join(tags)})" if tags else ""),
+                judge=judge,
+                weak=weak.get((judge, parts.get("scorer", "")), ""),
+            )
+        )
+    return columns or [Column(spec=spec, id=spec.key, version=0, preset="", slice="", title=spec.title)]
+
+
+def _cell(rows: "pd.DataFrame") -> Cell:
+    if rows.empty:
+        return Cell(reason="not run")
+    row = {
+        name: plain(rows.iloc[0][name])
+        for name in ("value", "ci_low", "ci_high", "stderr", "n", "n_failed", "failure", "status")
+    }
+    reason = "" if row["value"] is not None else f"{row['status']}: {row['failure'] or 'no reason recorded'}"
+    return Cell(
+        value=row["value"],
+        ci_low=row["ci_low"],
+        ci_high=row["ci_high"],
+        stderr=row["stderr"],
+        n=int(row["n"] or 0),
+        n_failed=int(row["n_failed"] or 0),
+        reason=reason,
+    )
+
+
+def _joined(rows: "pd.DataFrame", column: str) -> str:
+    """All values of a provenance column; of several, each with its evaluation."""
+    pairs = sorted({(str(e), str(v)) for e, v in zip(rows["eval"], rows[column], strict=True) if plain(v) is not None})
+    values = {v for _, v in pairs}
+    if column in ("run_key", "eval_version") or len(values) > 1:
+        return ";".join(f"{e}={v}" for e, v in pairs)
+    return values.pop() if values else ""
+
+
+PROVENANCE = (
+    "eval_version",
+    "preset",
+    "seed",
+    "run_key",
+    "code_sha",
+    "dirty",
+    "saescope",
+    "torch",
+    "transformers",
+    "device",
+    "dtype",
+    "llm",
+)
+
+
+def _subject(rows: "pd.DataFrame") -> BoardSubject:
+    first = rows.iloc[0]
+    fields = {name: plain(first[name]) for name in SUBJECT_FIELDS}
+    for name in ("d_in", "d_sae", "k", "train_tokens"):
+        fields[name] = None if fields[name] is None else int(fields[name])
+    return BoardSubject(
+        fields=fields,
+        provenance={name: _joined(rows, name) for name in PROVENANCE},
+        n_failed=int(rows["n_failed"].fillna(0).sum()) + int((rows["status"] == "failed").sum()),
+        n_rows=len(rows),
+    )
+
+
+def is_random(subject: BoardSubject) -> bool:
+    """Is this the baseline "random SAE" (not random directions, not an SAE on a random LM)?"""
+    words = f"{subject.sae_id}.{subject.fields['architecture']}".replace("-", "_").split(".")
+    return subject.is_baseline and any(w == "random" or w.startswith("random_sae") for w in words)
+
+
+def _random_of(subject: BoardSubject, baselines: Sequence[BoardSubject], l0: dict[str, float | None]) -> str | None:
+    """The random SAE of the same LM and hookpoint; of several, that of equal width, then of nearest L0."""
+
+    def distance(other: BoardSubject) -> tuple[int, float, str]:
+        a, b = l0.get(subject.sae_id), l0.get(other.sae_id)
+        gap = abs(math.log(max(a, 1e-9) / max(b, 1e-9))) if a is not None and b is not None else math.inf
+        return int(other.fields["d_sae"] != subject.fields["d_sae"]), gap, other.sae_id
+
+    same = [b for b in baselines if is_random(b) and all(b.fields[f] == subject.fields[f] for f in ("lm", "hookpoint"))]
+    return min(same, key=distance).sae_id if same else None
+
+
+def gain_of(column: Column, value: Cell, floor: Cell) -> Gain | None:
+    """Difference to a floor. The interval adds the two standard errors as if independent, hence is cautious when the
+    two share their documents (METRICS 3.2 pairs them; rows alone do not allow it)."""
+    if value.value is None or floor.value is None:
+        return None
+    difference = value.value - floor.value
+    low = high = None
+    if value.stderr is not None and floor.stderr is not None:
+        half = Z95 * math.hypot(value.stderr, floor.stderr)
+        low, high = difference - half, difference + half
+    verdict: Literal["better", "worse", "undecided", ""] = ""
+    if column.spec.better != "neither" and low is not None and high is not None:
+        up = column.spec.better == "higher"
+        verdict = "undecided" if low <= 0 <= high else "better" if (low > 0) == up else "worse"
+    return Gain(value=difference, ci_low=low, ci_high=high, verdict=verdict)
+
+
+def weak_reason(auc: float | None, wrong_auc: float | None) -> str:
+    """What the board says of a judge that failed its check."""
+    found = "no AUC" if auc is None else f"AUC {auc:.2f}"
+    wrong = "" if wrong_auc is None else f", with wrong explanations {wrong_auc:.2f}"
+    return f"weak judge ({found}{wrong})"
+
+
+def weak_judges(rows: "pd.DataFrame") -> dict[tuple[str, str], str]:
+    """(judge, scorer) as slices spell them -> why that judge is not believed; one weak check is enough."""
+    checks = rows[(rows["eval"] == "explanation") & rows["metric"].isin(["judge_auc", "judge_wrong_auc", "judge_weak"])]
+    weak = {}
+    for (_, slice_text), group in checks.groupby(["sae_id", "slice"], sort=True):
+        values = {str(m): plain(v) for m, v in zip(group["metric"], group["value"], strict=True)}
+        if values.get("judge_weak") == 1:
+            parts = slice_parts(str(slice_text))
+            reason = weak_reason(values.get("judge_auc"), values.get("judge_wrong_auc"))
+            weak[parts.get("judge", ""), parts.get("scorer", "")] = reason
+    return weak
+
+
+def build_board(results: "pd.DataFrame") -> Board:
+    """Choose columns and cells from all rows (``evals.results.load_results``). No rows: an empty board."""
+    if results.empty:
+        return Board()
+    rows = newest(results)
+    weak = weak_judges(rows)
+    columns = [column for spec in HEADLINE for column in _columns(rows, spec, weak)]
+    subjects = [_subject(group) for _, group in rows.groupby("sae_id", sort=True)]
+    cells: dict[tuple[str, str], Cell] = {}
+    for column in columns:
+        found = _matching(rows, column.spec)
+        found = found[
+            (found["eval_version"] == column.version)
+            & (found["preset"] == column.preset)
+            & (found["slice"] == column.slice)
+        ]
+        for subject in subjects:
+            cells[subject.sae_id, column.id] = _cell(found[found["sae_id"] == subject.sae_id])
+    l0_column = next(c for c in columns if c.spec.key == "l0")
+    l0 = {s.sae_id: cells[s.sae_id, l0_column.id].value for s in subjects}
+    baselines = [s for s in subjects if s.is_baseline]
+    saes = [replace(s, random_id=_random_of(s, baselines, l0)) for s in subjects if not s.is_baseline]
+    fvu = next(c for c in columns if c.spec.key == "fvu")
+    saes.sort(key=lambda s: (cells[s.sae_id, fvu.id].value is None, cells[s.sae_id, fvu.id].value or 0.0, s.sae_id))
+    gains = {}
+    for subject in saes:
+        for column in columns:
+            if subject.random_id is not None:
+                gain = gain_of(column, cells[subject.sae_id, column.id], cells[subject.random_id, column.id])
+                if gain is not None:
+                    gains[subject.sae_id, column.id] = gain
+    return Board(columns=columns, subjects=[*saes, *baselines], cells=cells, gains=gains)

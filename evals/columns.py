@@ -1,0 +1,159 @@
+"""Which numbers the leaderboard asks for, in which order. Torch-free."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSpec:
+    """A headline number that the board asks for."""
+
+    key: str
+    """Name in leaderboard.csv."""
+    title: str
+    eval: str
+    metric: str
+    better: Literal["higher", "lower", "neither"]
+    description: str
+    unit: str = ""
+    digits: int = 3
+    slice: tuple[tuple[str, str], ...] = ()
+    """Parts that the row's slice must hold; () = the aggregate, slice ""."""
+    floor: str | None = None
+    """Key of the column that is this one's floor on the same subject."""
+
+
+_SELECTED = (("explainer", "selected"),)
+HEADLINE = (
+    ColumnSpec(
+        key="l0",
+        title="L0",
+        eval="reconstruction",
+        metric="l0",
+        better="neither",
+        unit="latents",
+        digits=1,
+        description="Active latents per token, mean over test tokens.",
+    ),
+    ColumnSpec(
+        key="fvu",
+        title="FVU",
+        eval="reconstruction",
+        metric="fvu",
+        better="lower",
+        description="Fraction of variance unexplained: squared error over variance; the mean scores 1.",
+    ),
+    ColumnSpec(
+        key="delta_ce",
+        title="ΔCE",
+        eval="downstream_loss",
+        metric="delta_ce",
+        better="lower",
+        unit="nats/token",
+        description="Rise of next-token loss when the reconstruction replaces the activation.",
+    ),
+    ColumnSpec(
+        key="kl",
+        title="KL",
+        eval="downstream_loss",
+        metric="kl",
+        better="lower",
+        unit="nats/token",
+        description="KL divergence from the clean to the patched next-token distribution.",
+    ),
+    ColumnSpec(
+        key="probe_loss",
+        title="Probe loss",
+        eval="probe_loss",
+        metric="probe_loss",
+        better="lower",
+        unit="nats",
+        description="Held-out cross-entropy of the best one-latent probe, mean over tasks; chance is ln 2 = 0.693.",
+    ),
+    ColumnSpec(
+        key="n2g_f1",
+        title="N2G F1",
+        eval="n2g",
+        metric="n2g_f1",
+        better="higher",
+        description="F1 of n-gram patterns against the true activations, mean over latents.",
+    ),
+    ColumnSpec(
+        key="n2g_precision",
+        title="N2G precision",
+        eval="n2g",
+        metric="n2g_precision",
+        better="higher",
+        description="Share of pattern firings on which the latent is active.",
+    ),
+    ColumnSpec(
+        key="n2g_recall",
+        title="N2G recall",
+        eval="n2g",
+        metric="n2g_recall",
+        better="higher",
+        description="Share of the latent's activations on which its pattern fires.",
+    ),
+    ColumnSpec(
+        key="gain_vs_random",
+        title="Ablation gain",
+        eval="ablation_sparsity",
+        metric="gain_vs_random",
+        better="higher",
+        description="How much sparser a latent's effect is than a random direction's (mean log ratio); 0 = no better.",
+    ),
+    ColumnSpec(
+        key="detection_auc",
+        title="Detection AUC",
+        eval="explanation",
+        metric="auc",
+        better="higher",
+        slice=(*_SELECTED, ("scorer", "embedding")),
+        floor="detection_floor",
+        description="Can a judge tell from the explanation on which windows the latent is active? 0.5 is chance.",
+    ),
+    ColumnSpec(
+        key="detection_floor",
+        title="…shuffled floor",
+        eval="explanation",
+        metric="floor_auc",
+        better="neither",
+        slice=(*_SELECTED, ("scorer", "embedding")),
+        description="The same judge with another latent's explanation on the same windows.",
+    ),
+    ColumnSpec(
+        key="detection_gain",
+        title="…gain",
+        eval="explanation",
+        metric="gain_auc",
+        better="higher",
+        slice=(*_SELECTED, ("scorer", "embedding")),
+        description="Detection AUC minus its shuffled floor, paired by latent.",
+    ),
+    ColumnSpec(
+        key="detection_precision",
+        title="Precision at true rate",
+        eval="explanation",
+        metric="precision",
+        better="higher",
+        slice=(*_SELECTED, ("scorer", "embedding")),
+        description="Pooled precision of the judge at the rate at which the latents really fire.",
+    ),
+    ColumnSpec(
+        key="simulation_pearson",
+        title="Simulation r",
+        eval="explanation",
+        metric="pearson",
+        better="higher",
+        slice=(*_SELECTED, ("scorer", "simulation")),
+        description="Correlation of simulated and true activations, mean over latents.",
+    ),
+    ColumnSpec(
+        key="dead_frac",
+        title="Dead",
+        eval="reconstruction",
+        metric="dead_frac",
+        better="lower",
+        description="Share of latents that never fire on the test tokens.",
+    ),
+)

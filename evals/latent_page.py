@@ -1,0 +1,353 @@
+"""The page of one latent: explanations side by side, scores with floors, shaded windows with verdicts. Torch-free.
+
+Everything here is plain data for ``latent.html.j2``, which escapes it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autointerp.records import EXPLAIN, Exemplar, Explanation, Failure, JudgeCheck, LatentScore, ScoreItem, Simulation
+from evals import charts
+from evals.board import Cell, plain, weak_reason
+from evals.page_data import LatentData, SaeData
+from evals.page_text import number, percent, segments, visible
+from evals.page_tokens import TokenReader
+
+HEADLINE_METRICS = ("auc", "pearson", "f1", "balanced_accuracy", "accuracy")
+"""The first of these that a scorer reports stands for it in tables with one column per scorer."""
+MAX_PATTERNS = 12
+KIND_TITLES = (
+    ("explain", ("top",), "Strongest", False),
+    ("explain", ("quantile",), "Over the whole range", False),
+    ("score", ("top", "quantile", "random_positive"), "Scored, active", False),
+    ("score", ("silent",), "Scored, silent", False),
+    ("score", ("same_token", "co_occurring", "decoder_near"), "Scored, silent but close (hard negatives)", False),
+    ("explain", ("random_positive",), "Random activations (used for the n-gram pattern)", True),
+    ("explain", ("silent", "same_token", "co_occurring", "decoder_near"), "Silent, shown to the explainer", True),
+    (
+        "calibrate",
+        ("top", "quantile", "random_positive", "silent", "same_token", "co_occurring", "decoder_near"),
+        "Calibration windows",
+        True,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreColumn:
+    """A scorer's headline metric, a column of the SAE page."""
+
+    key: str
+    title: str
+    hint: str
+    weak: str = ""
+
+
+def selected(explanations: Sequence[Explanation]) -> Explanation | None:
+    """The explanation that was chosen; of several, the first that has a text; None if there is none."""
+    chosen = [e for e in explanations if e.selected]
+    return next((e for e in chosen if e.text), chosen[0] if chosen else None)
+
+
+def weak_checks(checks: Iterable[JudgeCheck]) -> dict[tuple[str, str], str]:
+    """(judge, scorer) -> why that judge is not believed."""
+    return {(c.judge, c.scorer): weak_reason(c.auc, c.wrong_auc) for c in checks if c.weak}
+
+
+def failure_text(failure: Failure | None) -> str:
+    """``code (detail)``, "" for None."""
+    if failure is None:
+        return ""
+    return visible(failure.code + (f" ({failure.detail})" if failure.detail else ""))
+
+
+def score_cell(score: LatentScore) -> Cell:
+    """A score as a cell; without value it carries its reason."""
+    return Cell(
+        value=plain(score.value),
+        ci_low=plain(score.ci_low),
+        ci_high=plain(score.ci_high),
+        n=score.n_pos + score.n_neg,
+        n_failed=score.n_failed,
+        reason="" if plain(score.value) is not None else f"undefined: {score.null_reason or 'no reason recorded'}",
+    )
+
+
+def _aggregate(scores: Iterable[LatentScore]) -> list[LatentScore]:
+    return [s for s in scores if not s.group and not s.floor_kind]
+
+
+def _headline(metrics: Iterable[str]) -> str:
+    known = sorted(set(metrics))
+    return next((m for m in HEADLINE_METRICS if m in known), known[0])
+
+
+def score_columns(sae: SaeData) -> list[ScoreColumn]:
+    """One column per scorer that scored anything of this SAE."""
+    weak = weak_checks(sae.checks)
+    metrics: dict[tuple[str, str], set[str]] = {}
+    for latent in sae.latents:
+        for s in _aggregate(latent.scores):
+            metrics.setdefault((s.scorer, s.judge), set()).add(s.metric)
+    many = {scorer for scorer, _ in metrics if sum(other == scorer for other, _ in metrics) > 1}
+    columns = []
+    for (scorer, judge), names in sorted(metrics.items()):
+        metric = _headline(names)
+        title = visible(f"{scorer} {metric}" + (f" ({judge})" if scorer in many else ""))
+        columns.append(
+            ScoreColumn(
+                key=f"{scorer}|{judge}|{metric}",
+                title=title,
+                hint=f"judge {visible(judge)}, selected explanation",
+                weak=weak.get((judge, scorer), ""),
+            )
+        )
+    return columns
+
+
+def best_scores(latent: LatentData) -> dict[str, Cell]:
+    """Scores of the selected explanation, by the keys of :func:`score_columns`."""
+    chosen = selected(latent.explanations)
+    if chosen is None:
+        return {}
+    return {
+        f"{s.scorer}|{s.judge}|{s.metric}": score_cell(s)
+        for s in _aggregate(latent.scores)
+        if s.explanation_id == chosen.explanation_id
+    }
+
+
+# -- explanations -----------------------------------------------------------------------------------------------------
+def _patterns(pattern: Mapping[str, Any] | None, tokens: TokenReader) -> list[dict[str, Any]]:
+    entries = list((pattern or {}).get("patterns", []))
+    entries.sort(key=lambda p: (-int(p.get("n_docs", 1)), -float(p.get("value", 0.0)), str(p.get("ids"))))
+    return [
+        {
+            "tokens": [None if i is None else visible(tokens.piece(int(i))) for i in p.get("ids", [])],
+            "anchored": bool(p.get("anchored")),
+            "value": number(plain(p.get("value")), 2),
+            "hint": f"predicts {number(plain(p.get('value')), 2)}; from {int(p.get('n_docs', 1))} exemplar(s)",
+        }
+        for p in entries
+    ]
+
+
+def _explanation(e: Explanation, chosen: Explanation | None, tokens: TokenReader) -> dict[str, Any]:
+    patterns = _patterns(e.pattern, tokens)
+    used = e.prompt_tokens + e.output_tokens
+    facts = [
+        ("margin", number(e.margin, 3) if e.margin is not None else ""),
+        ("calibration AUC (used to choose)", number(e.calibrate_score, 3) if e.calibrate_score is not None else ""),
+        ("model", visible(e.llm or "")),
+        ("role", e.role if e.role != "input" else ""),
+        ("tokens used", f"{used:,}" if used else ""),
+        ("patterns", len(patterns) if patterns else ""),
+    ]
+    return {
+        "explainer": visible(e.explainer),
+        "candidate": e.candidate,
+        "hedged": e.hedged,
+        "text": visible(e.text or ""),
+        "selected": chosen is not None and e.explanation_id == chosen.explanation_id,
+        "failure": failure_text(e.failure),
+        "patterns": patterns[:MAX_PATTERNS],
+        "more_patterns": max(0, len(patterns) - MAX_PATTERNS),
+        "facts": facts,
+    }
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+def _floor_of(score: LatentScore, floors: Sequence[LatentScore]) -> LatentScore | None:
+    """The shuffled floor on the same windows, by scorer, judge, metric, group; of several, that of the explainer."""
+    same = [
+        f
+        for f in floors
+        if (f.scorer, f.judge, f.metric, f.group) == (score.scorer, score.judge, score.metric, score.group)
+    ]
+    return next(
+        (f for f in same if f.explanation_id == score.explanation_id),
+        next((f for f in same if f.explainer == score.explainer), None),
+    )
+
+
+def _score_rows(
+    latent: LatentData, chosen: Explanation | None, checks: Sequence[JudgeCheck], *, grouped: bool
+) -> list[dict[str, Any]]:
+    weak = weak_checks(checks)
+    auc = {(c.judge, c.scorer): c.auc for c in checks}
+    names = {e.explanation_id: e for e in latent.explanations}
+    floors = [s for s in latent.scores if s.floor_kind]
+    rows = []
+    for s in latent.scores:
+        if s.floor_kind or bool(s.group) != grouped:
+            continue
+        floor, explanation = _floor_of(s, floors), names.get(s.explanation_id)
+        gain = s.value - floor.value if s.value is not None and floor is not None and floor.value is not None else None
+        label = s.explainer + (
+            f" #{explanation.candidate}" if explanation is not None and explanation.candidate else ""
+        )
+        found = auc.get((s.judge, s.scorer))
+        rows.append(
+            {
+                "explainer": visible(label),
+                "scorer": s.scorer,
+                "metric": s.metric,
+                "group": visible(s.group),
+                "cell": score_cell(s),
+                "floor": score_cell(floor) if floor is not None else None,
+                "gain": gain,
+                "n_pos": s.n_pos,
+                "n_neg": s.n_neg,
+                "judge": visible(s.judge),
+                "check": number(found, 2),
+                "weak": weak.get((s.judge, s.scorer), ""),
+                "selected": chosen is not None and s.explanation_id == chosen.explanation_id,
+            }
+        )
+    rows.sort(
+        key=lambda r: (
+            not r["selected"],
+            r["explainer"],
+            r["scorer"],
+            HEADLINE_METRICS.index(r["metric"]) if r["metric"] in HEADLINE_METRICS else 99,
+            r["metric"],
+            r["group"],
+        )
+    )
+    return rows
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------
+def _verdict(item: ScoreItem) -> dict[str, str]:
+    if item.failure is not None or item.verdict is None:
+        code = failure_text(item.failure) or "no verdict"
+        return {
+            "state": "failed",
+            "text": f"⚠ {item.scorer}: {code}",
+            "hint": "the judge gave no answer; counted as failed, not as no",
+        }
+    right = item.verdict == item.positive
+    said, truth = ("active" if item.verdict else "silent"), ("active" if item.positive else "silent")
+    value = f" {number(plain(item.value), 2)}" if item.value is not None else ""
+    return {
+        "state": "right" if right else "wrong",
+        "text": f"{'✓' if right else '✗'} {item.scorer}{value}",
+        "hint": f"{item.scorer} says {said}; it is {truth}",
+    }
+
+
+def _window(
+    e: Exemplar, tokens: Sequence[str], max_act: float, items: Sequence[ScoreItem], simulation: Simulation | None
+) -> dict[str, Any]:
+    values = simulation.values if simulation is not None and simulation.failure is None else None
+    verdicts = [_verdict(i) for i in sorted(items, key=lambda i: i.scorer)]
+    kind = e.kind.replace("_", " ") + (f" {e.group + 1}" if e.group >= 0 else "")
+    peak = max(e.acts, default=0.0)
+    return {
+        "kind": kind,
+        "positive": e.positive,
+        "peak_value": number(peak, 2) if peak > 0 else "",
+        "source": visible(e.source),
+        "verdicts": verdicts,
+        "wrong": any(v["state"] in ("wrong", "failed") for v in verdicts),
+        "segments": segments(tokens, e.acts, max_act, simulated=values, peak=e.peak),
+        "spark": charts.true_and_simulated(e.acts, values, max_act) if values else "",
+        "simulation_failure": failure_text(simulation.failure) if simulation is not None else "",
+    }
+
+
+def _groups(
+    latent: LatentData, tokens: TokenReader, chosen: Explanation | None, max_act: float
+) -> list[dict[str, Any]]:
+    wanted = chosen.explanation_id if chosen is not None else ""
+    items: dict[str, list[ScoreItem]] = {}
+    for item in latent.items:
+        if item.explanation_id == wanted:
+            items.setdefault(item.exemplar_id, []).append(item)
+    simulations = {s.exemplar_id: s for s in latent.simulations if s.explanation_id == wanted}
+    groups = []
+    for split, kinds, title, fold in KIND_TITLES:
+        found = [e for e in latent.exemplars if e.split == split and e.kind in kinds]
+        found.sort(key=lambda e: (kinds.index(e.kind), -max(e.acts, default=0.0), e.exemplar_id))
+        windows = [
+            _window(
+                e,
+                tokens.window(e.token_ids),
+                max_act,
+                items.get(e.exemplar_id, ()),
+                simulations.get(e.exemplar_id),
+            )
+            for e in found
+        ]
+        if windows:
+            groups.append({"title": title, "fold": fold, "windows": windows})
+    return groups
+
+
+def _charts(latent: LatentData) -> list[dict[str, Any]]:
+    raw = next((latent.stats[n] for n in ("histogram", "hist_50", "hist") if latent.stats.get(n) is not None), None)
+    heights = [float(h) for h in raw] if raw is not None else []
+    if not heights or max(heights) <= 0:
+        return []
+    top = float(latent.stats.get("max_act") or 0.0)
+    width = top / len(heights)
+    notes = [f"{i * width:.3g} to {(i + 1) * width:.3g}: {h:g} tokens" for i, h in enumerate(heights)]
+    edges = ("0", number(top, 2))
+    return [
+        {
+            "svg": charts.bars(heights, edges, "activation histogram", notes=notes),
+            "caption": "Active tokens by activation.",
+        },
+        {
+            "svg": charts.bars(heights, edges, "activation histogram, logarithmic counts", log=True, notes=notes),
+            "caption": "The same, counts on a log scale.",
+        },
+    ]
+
+
+def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
+    """What latent.html.j2 needs, but for links to neighbours and to the SAE."""
+    stats, chosen = latent.stats, selected(latent.explanations)
+    shown = [max(e.acts, default=0.0) for e in latent.exemplars]
+    max_act = max([float(stats.get("max_act") or 0.0), *(shown or [0.0])])
+    density, pi = plain(stats.get("density")), plain(stats.get("pi"))
+    facts: list[tuple[str, Any]] = [
+        ("density (tokens)", percent(density) if density is not None else ""),
+        ("active windows, score split", percent(pi) if pi is not None else ""),
+        ("maximum", number(max_act, 2) if max_act else ""),
+        ("mean when active", number(plain(stats.get("mean_positive")), 2)),
+        ("active tokens", f"{int(stats['n_active']):,}" if plain(stats.get("n_active")) is not None else ""),
+        ("documents", "" if plain(stats.get("n_docs")) is None else f"{int(stats['n_docs']):,}"),
+        ("skew", number(plain(stats.get("skew")), 1)),
+        ("kurtosis", number(plain(stats.get("kurtosis")), 1)),
+    ]
+    groups = _groups(latent, sae.tokens, chosen, max_act)
+    windows = [w for g in groups for w in g["windows"]]
+    simulators = sorted({s.simulator for s in latent.simulations})
+    lists = [
+        ("Tokens with the largest mean activation", [sae.tokens.piece(i) for i in latent.top_ids]),
+        ("Promoted next tokens", latent.promoted),
+        ("Suppressed next tokens", latent.suppressed),
+    ]
+    ordered = sorted(
+        latent.explanations, key=lambda e: (e is not chosen, e.failure is not None, e.explainer, e.candidate)
+    )
+    return {
+        "latent": latent.latent,
+        "facts": facts,
+        "explanations": [_explanation(e, chosen, sae.tokens) for e in ordered],
+        "score_rows": _score_rows(latent, chosen, sae.checks, grouped=False),
+        "group_rows": _score_rows(latent, chosen, sae.checks, grouped=True),
+        "window_groups": groups,
+        "has_wrong": any(w["wrong"] for w in windows),
+        "has_sim": any(w["spark"] for w in windows),
+        "max_text": number(max_act, 2),
+        "simulator": visible(", ".join(simulators)),
+        "verdict_of": visible(chosen.explainer) + "’s explanation" if chosen is not None and latent.items else "",
+        "charts": _charts(latent),
+        "token_lists": [(t, [visible(x) for x in tokens]) for t, tokens in lists if tokens],
+    }
+
+
+__all__ = ["EXPLAIN", "ScoreColumn", "best_scores", "latent_context", "score_columns", "selected"]

@@ -1,0 +1,327 @@
+"""What the pages show, read from artefact folders: run summary, latents, explanations, scores. Torch-free.
+
+Of several artefacts of one SAE the newest complete one counts. What is absent is an empty list, never an error: pages
+are built from whatever a run has finished so far. What is damaged is an ArtefactError of ``read_manifest``.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autointerp.records import (
+    INTERP_SPLITS,
+    Exemplar,
+    Explanation,
+    Failure,
+    JudgeCheck,
+    LatentScore,
+    ScoreItem,
+    Simulation,
+)
+from evals.board import plain
+from evals.page_tokens import TokenReader, read_tokenizer
+from sae.errors import ArtefactError
+from sae.manifest import is_complete, read_manifest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VERSIONS = ("saescope", "torch", "transformers", "vllm", "python", "machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A line of the run summary."""
+
+    name: str
+    seconds: float
+    skipped: bool = False
+    """Its artefacts were there before."""
+    work_seconds: float = 0.0
+    """What making them took, in whichever run did."""
+    note: str = ""
+    status: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """The run behind a board, from ``run.json`` and the manifests of the rows."""
+
+    command: str = ""
+    commits: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
+    failures: tuple[str, ...] = ()
+    seconds: float | None = None
+    peak_gb: float | None = None
+
+
+@dataclass(kw_only=True)
+class LatentData:
+    """Everything a latent's page shows."""
+
+    sae_id: str
+    latent: int
+    stats: dict[str, Any] = field(default_factory=dict)
+    """Its row of the latent cache's table: n_active_*, density, pi, max_act, histogram, ..."""
+    top_ids: tuple[int, ...] = ()
+    """Ids of the tokens with the largest mean activation."""
+    promoted: tuple[str, ...] = ()
+    suppressed: tuple[str, ...] = ()
+    exemplars: list[Exemplar] = field(default_factory=list)
+    explanations: list[Explanation] = field(default_factory=list)
+    scores: list[LatentScore] = field(default_factory=list)
+    items: list[ScoreItem] = field(default_factory=list)
+    simulations: list[Simulation] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    """Why it has no windows, or lacks a kind of them."""
+
+
+@dataclass(kw_only=True)
+class SaeData:
+    """Everything an SAE's page shows beside its rows."""
+
+    sae_id: str
+    cfg: dict[str, Any] = field(default_factory=dict)
+    """cfg.json."""
+    train: "pd.DataFrame | None" = None
+    """train.jsonl."""
+    stats: "pd.DataFrame | None" = None
+    """One row per latent."""
+    latents: list[LatentData] = field(default_factory=list)
+    tokens: TokenReader = field(default_factory=TokenReader)
+    """Text of token ids."""
+    checks: list[JudgeCheck] = field(default_factory=list)
+
+
+def run_info(root: Path, results: "pd.DataFrame | None" = None) -> RunInfo:
+    """From ``root/run.json`` where there is one, completed by the provenance of the rows."""
+    path = Path(root) / "run.json"
+    run: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtefactError(f"{path} is damaged ({error}); delete it, the next run writes it again") from error
+    made = run.get("provenance") or {}
+    command = run.get("command") or made.get("command") or ""
+    commits = [str(made["code_sha"])] if made.get("code_sha") else []
+    versions = {name: str(made[name]) for name in VERSIONS if made.get(name)}
+    presets = [str(run["preset"])] if run.get("preset") else []
+    if results is not None and not results.empty:
+        commits = sorted({*commits, *(str(v) for v in results["code_sha"] if plain(v) is not None)})
+        presets = sorted({*presets, *map(str, results["preset"])})
+        for name in ("saescope", "torch", "transformers", "vllm"):
+            found = sorted({str(v) for v in results[name] if plain(v) is not None})
+            if found:
+                versions[name] = ", ".join(found)
+    stages = tuple(
+        Stage(
+            name=str(s.get("name", "?")),
+            seconds=float(s.get("seconds") or 0.0),
+            note=str(s.get("note") or ""),
+            skipped=bool(s.get("skipped") or s.get("status") == "reused"),
+            status=str(s.get("status") or ""),
+            work_seconds=float(s.get("work_seconds") or 0.0),
+        )
+        for s in run.get("stages", [])
+    )
+    return RunInfo(
+        command=_command(command),
+        commits=tuple(commits),
+        presets=tuple(presets),
+        versions=versions,
+        machine=run.get("machine") or {},
+        config=run.get("config") or {},
+        notes=run.get("notes") or {},
+        stages=stages,
+        failures=tuple(_failure_text(f) for f in run.get("failures", [])),
+        seconds=plain(run.get("seconds")),
+        peak_gb=plain(run.get("peak_gb")),
+    )
+
+
+def _command(command: Any) -> str:
+    """argv as typed: ``["run_all.py", "--preset", "quick"]`` -> ``python -m evals.run_all --preset quick``."""
+    words = command.split() if isinstance(command, str) else [str(w) for w in command]
+    if words and words[0].endswith(".py"):
+        words = ["python", "-m", "evals." + Path(words[0]).stem, *words[1:]]
+    return " ".join(words)
+
+
+def _failure_text(failure: Any) -> str:
+    return ": ".join(str(v) for v in failure.values() if v) if isinstance(failure, Mapping) else str(failure)
+
+
+def artefacts(root: Path, kind: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Complete folders ``root/kind/*`` with their manifests, oldest first."""
+    found = []
+    for folder in sorted((Path(root) / kind).glob("*")):
+        if folder.is_dir() and is_complete(folder):
+            manifest = read_manifest(folder)
+            found.append(
+                (str((manifest.get("provenance") or {}).get("created_at") or ""), folder.name, folder, manifest)
+            )
+    yield from ((folder, manifest) for _, _, folder, manifest in sorted(found, key=lambda f: f[:2]))
+
+
+def sae_of(manifest: Mapping[str, Any]) -> str:
+    """The sae_id that an artefact's manifest names; "" if none."""
+    for part in ("config", "inputs", "counts"):
+        value = (manifest.get(part) or {}).get("sae_id")
+        if value:
+            return str(value)
+    return ""
+
+
+def load_site_data(root: Path) -> dict[str, SaeData]:
+    """Everything beside the rows, by sae_id. Latents ascend; an SAE without artefacts is absent."""
+    root = Path(root)
+    data: dict[str, SaeData] = {}
+
+    def of(sae_id: str) -> SaeData:
+        return data.setdefault(sae_id, SaeData(sae_id=sae_id))
+
+    for folder in sorted((root / "saes").glob("*")):
+        if is_complete(folder):
+            _read_sae(folder, of(folder.name))
+    for folder, _ in artefacts(root, "latents"):
+        sae = of(str(_json(folder / "cache.json")["sae_id"]))
+        sae.stats = _table(folder, "latents")
+    for sae_id, found in _chains(root).items():
+        sae = of(sae_id)
+        latents = _exemplars(found["exemplars"]) if "exemplars" in found else {}
+        _add_texts(sae, latents, found)
+        sae.latents = [latents[i] for i in sorted(latents)]
+        for latent in sae.latents:
+            _add_stats(latent, sae)
+    for sae in data.values():
+        if sae.latents:
+            sae.tokens = find_tokens(root, sae)
+    return data
+
+
+def find_tokens(root: Path, sae: SaeData) -> TokenReader:
+    """The tokenizer of the SAE's language model: the model of ``run.json`` if it is the same, else found by name."""
+    name = str((sae.cfg.get("meta") or {}).get("lm", ""))
+    model = str(run_info(root).config.get("model", ""))
+    same = not name or model in ("default", name) or Path(model).name == Path(name).name
+    return read_tokenizer([model, name] if same else [name])
+
+
+def _chains(root: Path) -> dict[str, dict[str, Path]]:
+    """Per sae_id its newest scores, the explanations they are of, and the exemplars behind those.
+
+    Without scores the newest explanations count, without these the newest exemplars.
+    """
+    exemplars = {f.name: (sae_of(m), f) for f, m in artefacts(root, "exemplars")}
+    explanations = {f.name: (m, f) for f, m in artefacts(root, "explanations")}
+    chains: dict[str, dict[str, Path]] = {}
+    for sae_id, folder in exemplars.values():
+        chains[sae_id] = {"exemplars": folder}
+
+    def owner(manifest: Mapping[str, Any]) -> str:
+        return exemplars.get(_input(manifest, "exemplars"), (sae_of(manifest), None))[0]
+
+    def chain(manifest: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+        links = {"explanations": folder}
+        behind = exemplars.get(_input(manifest, "exemplars"))
+        return links | ({"exemplars": behind[1]} if behind else {})
+
+    for manifest, folder in explanations.values():
+        chains.setdefault(owner(manifest), {}).update(chain(manifest, folder))
+    for folder, manifest in artefacts(root, "scores"):
+        texts = explanations.get(_input(manifest, "explanations"))
+        if texts is not None:
+            chains.setdefault(owner(texts[0]), {}).update(chain(*texts) | {"scores": folder})
+    return {sae_id: links for sae_id, links in chains.items() if sae_id}
+
+
+def _input(manifest: Mapping[str, Any], name: str) -> str:
+    return str((manifest.get("inputs") or {}).get(name, ""))
+
+
+def _exemplars(folder: Path) -> dict[int, LatentData]:
+    from autointerp.exemplars import ExemplarTable
+
+    table = ExemplarTable.open(folder)
+    found = {
+        i: LatentData(
+            sae_id=table.sae_id, latent=i, exemplars=[e for s in INTERP_SPLITS for e in table.exemplars(i, s)]
+        )
+        for i in table.latents
+    }
+    for i in table.stats.index:
+        entry = found.setdefault(int(i), LatentData(sae_id=table.sae_id, latent=int(i)))
+        entry.failures = table.failures_of(int(i))
+    return found
+
+
+def _add_texts(sae: SaeData, latents: dict[int, LatentData], found: Mapping[str, Path]) -> None:
+    """Explanations, scores, verdicts and simulations to the latents that they are about."""
+    if "explanations" not in found:
+        return
+    from autointerp.pipeline import open_explanations, open_scores
+
+    def of(latent: int) -> LatentData:
+        return latents.setdefault(latent, LatentData(sae_id=sae.sae_id, latent=latent))
+
+    for explanation in open_explanations(found["explanations"]):
+        of(explanation.latent).explanations.append(explanation)
+    if "scores" not in found:
+        return
+    scored = open_scores(found["scores"])
+    sae.checks = list(scored.checks)
+    for score in scored.scores:
+        of(score.latent).scores.append(score)
+    # A shuffled floor judges another latent's text on these windows: the window says whose page it belongs to.
+    owner = {e.exemplar_id: entry for entry in latents.values() for e in entry.exemplars}
+    for item in scored.items:
+        if item.exemplar_id in owner:
+            owner[item.exemplar_id].items.append(item)
+    for simulation in scored.simulations:
+        if simulation.exemplar_id in owner:
+            owner[simulation.exemplar_id].simulations.append(simulation)
+
+
+def _add_stats(latent: LatentData, sae: SaeData) -> None:
+    if sae.stats is None or latent.latent not in sae.stats.index:
+        return
+    latent.stats = dict(sae.stats.loc[latent.latent])
+    ids = latent.stats.get("top_tokens")
+    latent.top_ids = () if ids is None else tuple(int(i) for i in ids)
+    latent.promoted, latent.suppressed = (
+        tuple(map(str, latent.stats.get(name, ()))) for name in ("promoted", "suppressed")
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path} cannot be read ({error}); delete its folder and run its stage again") from error
+    return dict(content)
+
+
+def _table(folder: Path, stem: str) -> "pd.DataFrame | None":
+    import pandas as pd
+
+    path = folder / f"{stem}.parquet"
+    return pd.read_parquet(path) if path.is_file() else None
+
+
+def _read_sae(folder: Path, sae: SaeData) -> None:
+    import pandas as pd
+
+    if (folder / "cfg.json").is_file():
+        sae.cfg = _json(folder / "cfg.json")
+    log = folder / "train.jsonl"
+    if log.is_file():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        sae.train = pd.DataFrame([json.loads(line) for line in lines])
