@@ -117,7 +117,7 @@ class StepLoss(NamedTuple):
 
 
 class SAE(nn.Module):
-    """Base class: a plug-in of ``sae.architectures`` sets ``activation``, defines ``encode_entries`` and ``training_loss``."""
+    """Base class; an architecture sets ``activation`` and defines ``encode_entries`` and ``training_loss``."""
 
     activation: ClassVar[str]
     """Value of ``cfg.activation`` this class runs."""
@@ -175,10 +175,8 @@ class SAE(nn.Module):
     def pre_activations(self, x_ND: Tensor, latents: Tensor | None = None) -> Tensor:
         """h_NF before the activation function, for raw x; only the columns ``latents`` (int64) where given."""
         n_ND, _ = self.normalise(x_ND)
-        W_enc_FD, b_enc_F = self.W_enc_FD, self.b_enc_F
-        if latents is not None:
-            W_enc_FD, b_enc_F = W_enc_FD[latents], b_enc_F[latents]
-        return ops.encode_dense(n_ND, self.b_pre_D, W_enc_FD, b_enc_F)
+        picked = slice(None) if latents is None else latents
+        return ops.encode_dense(n_ND, self.b_pre_D, self.W_enc_FD[picked], self.b_enc_F[picked])
 
     def encode_sparse(self, x_ND: Tensor) -> SparseLatents:
         """Active latents of raw x. The width is K (topk) or the largest L0 of the batch (relu), padded with value 0."""
@@ -256,7 +254,8 @@ def step_loss(
     fired_F[entries.indices_E[values_E > state.fire_eps]] = True
     return StepLoss(
         total=total, mse=mse.detach(), aux=aux.detach(), sparsity=sparsity.detach(), y_ND=y_ND.detach(),
-        fired_F=fired_F, l0=float((values_E > 0).sum()) / max(len(n_ND), 1), v_e=float(losses.variance(residual_ND.detach())),
+        fired_F=fired_F, l0=float((values_E > 0).sum()) / max(len(n_ND), 1),
+        v_e=float(losses.variance(residual_ND.detach())),
         aux_active=aux_active,
     )
 

@@ -106,7 +106,7 @@ def load(path: str | Path, *, device: str = "cpu") -> SAE:
         if not (folder / name).is_file():
             raise ArtefactError(f"{folder} has no {name}: it is not a complete saescope SAE; train or convert it again")
     cfg, cfg_sha = _read_cfg(folder / CFG)
-    shapes = {
+    shapes: dict[str, tuple[int, ...] | None] = {
         "W_enc_DF": (cfg.d_in, cfg.d_sae), "W_dec_FD": (cfg.d_sae, cfg.d_out), "b_enc_F": (cfg.d_sae,),
         "b_dec_D": (cfg.d_out,),
     }

@@ -1,9 +1,9 @@
 """The embedded default explainer: choose a label, don't write one (LLM decision 1).
 
-1. A shortlist from the concept bank: labels near the latent's words, and nearer to its active than to its silent windows
-   (sentence embeddings).
-2. Each label's contrast: mean over active windows of log P(label | window), minus the mean over silent windows. Pointwise
-   mutual information, so a label's own probability cancels out.
+1. A shortlist from the concept bank by sentence embeddings: labels near the latent's words, and nearer to its active
+   than to its silent windows.
+2. Each label's contrast: mean over active windows of log P(label | window), minus the mean over silent windows.
+   Pointwise mutual information, so a label's own probability cancels out.
 3. The largest contrast wins. It must beat its shuffled floor: the same maximum when the roles active and silent are
    dealt to the windows at random. Otherwise the answer is "no explanation found".
 
@@ -90,12 +90,10 @@ class Pmi:
         embedder: EmbedderLike,
     ) -> list[list[str]]:
         words = [[named(w) for w, _ in marked_words(decoder, view)[:MAX_WORDS]] for view in views]
-        texts = [
-            ([decoder.around(e, self.window_tokens) for e in active], [decoder.around(e, self.window_tokens) for e in off])
-            for active, off in windows
-        ]
+        around = lambda exemplars: [decoder.around(e, self.window_tokens) for e in exemplars]  # noqa: E731
+        texts = [(around(active), around(silent)) for active, silent in windows]
         embedder.embed(sorted({t for w, (a, s) in zip(words, texts, strict=True) for t in (*w, *a, *s)}))
-        out = []
+        out: list[list[str]] = []
         for latent_words, (active, silent) in zip(words, texts, strict=True):
             if not active or not latent_words:
                 out.append([])

@@ -20,7 +20,7 @@ from autointerp.calibration import (
 )
 from autointerp.classify import MAX_FAILED_SHARE, base_score, null_scores, positives_of
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult, Simulator
-from autointerp.records import ActivationScale, Exemplar, LatentScore, Simulation
+from autointerp.records import ActivationScale, Exemplar, LatentScore, ScoreItem, Simulation
 from autointerp.texts import deal
 from sae.plugins import find
 
@@ -100,7 +100,7 @@ class SimulationScorer:
         failure = job.explanation.failure
         if failure is not None:
             return ScoreResult(scores=null_scores(job, failure.code, self.metrics, **identity))
-        simulations = tuple(on_scored)
+        said: dict[str, Any] = {"simulations": tuple(on_scored), "items": tuple(map(self._item, scored, on_scored))}
         answered = [(e, s) for e, s in zip(scored, on_scored, strict=True) if s.values is not None]
         fitted = [(e, s) for e, s in zip(known, on_known, strict=True) if s.values is not None]
         n_failed = len(scored) - len(answered)
@@ -114,13 +114,22 @@ class SimulationScorer:
                 LatentScore(**{**row.__dict__, "n_failed": n_failed})
                 for row in null_scores(job, code, self.metrics, **identity)
             ]
-            return ScoreResult(scores=tuple(rows), simulations=simulations)
+            return ScoreResult(scores=tuple(rows), **said)
         found = self._measure(job, answered, fitted)
         n_pos = sum(e.positive for e, _ in answered)
         counts = {"n_pos": n_pos, "n_neg": len(answered) - n_pos, "n_failed": n_failed}
         base = {**base_score(job, **identity), **counts}
-        return ScoreResult(
-            scores=tuple(_row(metric, found[metric], base) for metric in self.metrics), simulations=simulations
+        return ScoreResult(scores=tuple(_row(metric, found[metric], base) for metric in self.metrics), **said)
+
+    def _item(self, exemplar: Exemplar, simulation: Simulation) -> ScoreItem:
+        """The largest simulated value of a window: what the judge check looks at. There is no verdict."""
+        return ScoreItem(
+            explanation_id=simulation.explanation_id,
+            exemplar_id=exemplar.exemplar_id,
+            scorer=self.name,
+            positive=exemplar.positive,
+            value=None if simulation.values is None else max(simulation.values, default=0.0),
+            failure=simulation.failure,
         )
 
     def _measure(
