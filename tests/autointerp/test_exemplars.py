@@ -29,9 +29,7 @@ CFG = ExemplarConfig(
 
 def cache_of(root, held_out, sae=None, cfg=CFG):
     options = {"window_tokens": cfg.window_tokens, "min_window_tokens": cfg.min_window_tokens}
-    cache = build_latents(root, sae or random_sae(), held_out, **options)
-    cache._tokens = {s: held_out[s].tokens for s in held_out}
-    return cache
+    return build_latents(root, sae or random_sae(), held_out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def of_kind(table, latent, split, kind):
 
 
 def dense(sae, one):
-    z = sae.encode(one.x_ND).numpy()
+    z = sae.encode(one.read(slice(None))).numpy()
     z[~one.keep_N] = 0
     return z
 
@@ -253,9 +251,8 @@ def test_splits_share_no_document_and_no_window(table):
 def test_a_planted_duplicate_document_is_refused(tmp_path):
     docs = {s: documents(s, 60) for s in SPLITS}
     docs["score"][7] = docs["explain"][3]
-    held = {s: store(pack(docs[s], s, tmp_path)) for s in SPLITS}
-    for one in held.values():  # a random token filter would make the copies differ
-        one.keep_N = (one.tokens.tokens_BL != PREFIX).reshape(-1)
+    # A random token filter would make the copies differ.
+    held = {s: store(pack(docs[s], s, tmp_path), tmp_path, keep="all") for s in SPLITS}
     cache = cache_of(tmp_path, held)
     with pytest.raises(LeakError, match="explain and score"):
         build_exemplars(tmp_path, cache, [0], replace(CFG, min_windows=(1, 1, 1)))
@@ -266,9 +263,7 @@ def test_planted_duplicate_windows_are_dropped_and_counted(tmp_path):
     """A licence header that opens documents of all splits is no duplicate document, but its windows would leak."""
     header = documents("header", 1)[0][:12]
     docs = {s: [header + d for d in documents(s, 40)] for s in SPLITS}
-    held = {s: store(pack(docs[s], s, tmp_path)) for s in SPLITS}
-    for one in held.values():
-        one.keep_N = (one.tokens.tokens_BL != PREFIX).reshape(-1)
+    held = {s: store(pack(docs[s], s, tmp_path), tmp_path, keep="all") for s in SPLITS}
     cfg = replace(CFG, min_windows=(1, 1, 1))
     cache = cache_of(tmp_path, held)
     texts, dropped = read_texts(cache)

@@ -13,14 +13,10 @@ from autointerp.latent_cache import LatentCache, build_latents, build_latents_ma
 from autointerp.latent_sort import EntrySorter, from_half, to_half
 from autointerp.neighbours import most_overlapping, nearest_decoders
 from autointerp.windows import expand, find_runs, grid_windows, peak_placed
+from sae.activations import ActivationStore
 from sae.errors import ArtefactError, ConfigError, LeakError
 
 SPLITS = ("explain", "calibrate", "score")
-
-
-def attach(cache, held_out):
-    cache._tokens = {s: held_out[s].tokens for s in held_out}
-    return cache
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +28,11 @@ def held_out(tmp_path_factory):
 def built(request, held_out, tmp_path_factory):
     sae = random_sae(request.param)
     cache = build_latents(tmp_path_factory.mktemp("root"), sae, held_out)
-    return sae, attach(cache, held_out)
+    return sae, cache
 
 
 def dense(sae, one):
-    z = sae.encode(one.x_ND)
+    z = sae.encode(one.read(slice(None)))
     z[~torch.from_numpy(one.keep_N)] = 0
     return z.numpy()
 
@@ -138,7 +134,7 @@ def test_top_tokens_by_mean_activation(built, held_out):
 
 def test_a_dead_latent_and_a_dropped_token_leave_no_trace(held_out, tmp_path):
     sae = random_sae("relu")
-    cache = attach(build_latents(tmp_path, sae, held_out), held_out)
+    cache = build_latents(tmp_path, sae, held_out)
     assert cache.stats.loc[sae.d_sae - 1, "n_active"] == 0
     assert cache.entries(sae.d_sae - 1, "score").flat_n.size == 0
     for latent in range(sae.d_sae):
@@ -194,24 +190,35 @@ def test_half_precision_never_loses_an_activation():
 # -- several SAEs, keys, errors ------------------------------------------------------------------------------------
 
 
-def test_several_saes_share_one_read(tmp_path, held_out):
+@pytest.fixture
+def reads(monkeypatch):
+    """Tokens per call of ``ActivationStore.read``, by split."""
+    found = {s: [] for s in SPLITS}
+    original = ActivationStore.read
+
+    def read(self, flat):
+        found[self.tokens.split].append(len(flat))
+        return original(self, flat)
+
+    monkeypatch.setattr(ActivationStore, "read", read)
+    return found
+
+
+def test_several_saes_share_one_read(tmp_path, held_out, reads):
     saes = [random_sae("topk", seed=1), random_sae("relu", seed=2)]
-    for one in held_out.values():
-        one.reads.clear()
     caches = build_latents_many(tmp_path, saes, held_out, block_tokens=512)
-    for one in held_out.values():
-        assert sum(one.reads) == one.n_kept  # every kept token was read once
+    for split, one in held_out.items():
+        assert sum(reads[split]) == one.n_kept and max(reads[split]) <= 512  # every kept token was read once
     alone = build_latents(tmp_path / "alone", saes[1], held_out, block_tokens=512)
     assert caches[1].key == alone.key and caches[0].key != alone.key
-    for name in ("latents.parquet", "score.flat.u32.npy", "score.value.f16.npy", "cache.json"):
-        if name != "cache.json":  # it holds the relative place of the tokens
-            assert (caches[1].folder / name).read_bytes() == (alone.folder / name).read_bytes()
-    for one in held_out.values():
-        one.reads.clear()
+    for name in ("latents.parquet", "score.flat.u32.npy", "score.value.f16.npy"):
+        assert (caches[1].folder / name).read_bytes() == (alone.folder / name).read_bytes()
+    for found in reads.values():
+        found.clear()
     build_latents_many(tmp_path, saes, held_out)
-    assert not any(one.reads for one in held_out.values())  # complete: nothing is read again
+    assert not any(reads.values())  # complete: nothing is read again
     build_latents_many(tmp_path, saes[:1], held_out, force=True)
-    assert all(one.reads for one in held_out.values())
+    assert all(reads.values())
 
 
 def test_the_key_covers_weights_and_windows(tmp_path, held_out):
@@ -241,23 +248,26 @@ def test_refusals(tmp_path, held_out):
     with pytest.raises(LeakError, match="score"):
         build_latents(tmp_path, sae, held_out)
     assert build_latents(tmp_path, sae, held_out, allow_train_tokens=True).d_sae == 64
-    cache = attach(build_latents(tmp_path, random_sae(), held_out), held_out)
+    cache = build_latents(tmp_path, random_sae(), held_out)
     with pytest.raises(ConfigError, match="not 64"):
         cache.entries(64, "score")
     with pytest.raises(ConfigError, match="'test'"):
         cache.entries(0, "test")
 
 
-def test_a_killed_build_leaves_nothing(tmp_path, held_out):
-    class Broken(type(held_out["score"])):
-        def read(self, flat):
-            raise OSError("gone")
+def test_a_killed_build_leaves_nothing(tmp_path, held_out, monkeypatch):
+    original = ActivationStore.read
 
-    one = held_out["score"]
-    broken = held_out | {"score": Broken(one.tokens, one.x_ND, one.keep_N, one.key)}
+    def read(self, flat):
+        if self.tokens.split == "score":
+            raise OSError("gone")
+        return original(self, flat)
+
+    monkeypatch.setattr(ActivationStore, "read", read)
     with pytest.raises(OSError, match="gone"):
-        build_latents(tmp_path, random_sae(), broken)
+        build_latents(tmp_path, random_sae(), held_out)
     assert list((tmp_path / "latents").iterdir()) == []
+    monkeypatch.undo()
     folder = build_latents(tmp_path, random_sae(), held_out).folder
     (folder / "manifest.json").unlink()
     with pytest.raises(ArtefactError, match="not a complete artefact"):
@@ -326,11 +336,21 @@ def test_sample_is_uniform_over_the_eligible(built):
     assert hits[eligible].min() > 0 and hits.sum() == 2000
 
 
+def test_the_cache_finds_its_tokens_again(tmp_path, built, held_out):
+    _, cache = built
+    assert cache.tokens("score").key == held_out["score"].tokens.key and cache.splits == SPLITS
+    root = tmp_path / "moved"
+    sae = random_sae()
+    folder = build_latents(tmp_path / "root", sae, stores(tmp_path / "root", 30)).folder
+    (tmp_path / "root").rename(root)
+    assert LatentCache.open(root / "latents" / folder.name).tokens("explain").n_docs > 10
+
+
 def test_one_document_and_no_windows(tmp_path):
-    held = {s: store(pack([d[:70] * 2 for d in documents(s, 1)] * 1, s, tmp_path)) for s in SPLITS}
-    cache = attach(build_latents(tmp_path, random_sae(), held), held)
-    assert cache.stats["n_docs_explain"].max() <= 1
-    held["score"].keep_N[:] = False
-    held["score"].key = "nothing-kept"
-    cache = attach(build_latents(tmp_path, random_sae(), held), held)
+    held = {s: store(pack([documents(s, 1)[0] * 9], s, tmp_path), tmp_path) for s in SPLITS}
+    cache = build_latents(tmp_path, random_sae(), held)
+    assert cache.stats["n_docs_explain"].max() == 1
+    held["score"] = store(held["score"].tokens, tmp_path, keep="none")
+    cache = build_latents(tmp_path, random_sae(), held)
     assert cache.stats["n_active_score"].sum() == 0 and cache.stats["pi"].max() == 0 and cache.eligible().size == 0
+    assert cache.entries(0, "score").flat_n.size == 0

@@ -1,90 +1,43 @@
-"""Small held-out text with activations: three splits of packed rows, with the reading side of sae.tokens and
-sae.activations. Activations are a function of a token and the one before it, so that latents follow tokens."""
+"""Small held-out text with activations: three splits of packed rows as real artefacts on disk. Activations are a
+function of a token and the one before it, so that latents follow tokens. N flat tokens, L per row, D channels."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from sae.activations import ActivationStore
 from sae.base import SAE
 from sae.config import InputNorm, SAEConfig
+from sae.manifest import artefact_dir, key_of, writing
 from sae.plugins import find
+from sae.tokens import TokenSet
 
 L, VOCABULARY, D_IN, PREFIX = 64, 60, 16, 0
 
 
-@dataclass
-class HeldOutTokens:
-    tokens_BL: np.ndarray
-    docs_BL: np.ndarray
-    sources: list[str]
-    key: str
-    folder: Path
-    split: str
-    prefix_id: int = PREFIX
-    L: int = L
-
-    @property
-    def n_docs(self) -> int:
-        return len(self.sources)
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.tokens_BL.size)
-
-    def doc_ids_BL(self) -> np.ndarray:
-        return self.docs_BL
-
-
-@dataclass
-class HeldOutStore:
-    tokens: HeldOutTokens
-    x_ND: torch.Tensor
-    keep_N: np.ndarray
-    key: str
-    reads: list[int] = field(default_factory=list)
-    """Tokens per call of ``read``."""
-
-    @property
-    def d_in(self) -> int:
-        return self.x_ND.shape[1]
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.x_ND)
-
-    @property
-    def kept_N(self) -> np.ndarray:
-        return np.flatnonzero(self.keep_N)
-
-    @property
-    def n_kept(self) -> int:
-        return int(self.keep_N.sum())
-
-    @property
-    def doc_of_N(self) -> np.ndarray:
-        return self.tokens.docs_BL.reshape(-1)
-
-    def read(self, flat: np.ndarray) -> torch.Tensor:
-        self.reads.append(len(flat))
-        return self.x_ND[torch.as_tensor(np.asarray(flat))]
-
-
-def pack(documents: list[list[int]], split: str, folder: Path) -> HeldOutTokens:
+def pack(documents: list[list[int]], split: str, root: Path) -> TokenSet:
     """``0 doc 0 doc ...`` in rows that begin with 0; the last, short row is left out."""
-    stream, docs = [], []
-    for i, document in enumerate(documents):
-        stream += [PREFIX, *document]
-        docs += [i] * (len(document) + 1)
+    stream: list[int] = []
+    starts = []
+    for document in documents:
+        stream.append(PREFIX)
+        row, column = divmod(len(stream), L - 1)
+        starts.append(row * L + 1 + column)
+        stream += document
     n_rows = len(stream) // (L - 1)
     ids = np.full((n_rows, L), PREFIX, dtype=np.uint16)
-    owner = np.zeros((n_rows, L), dtype=np.int32)
     ids[:, 1:] = np.array(stream[: n_rows * (L - 1)]).reshape(n_rows, L - 1)
-    owner[:, 1:] = np.array(docs[: n_rows * (L - 1)]).reshape(n_rows, L - 1)
-    owner[:, 0] = owner[:, 1]
-    sources = [f"file{i % 3}" for i in range(int(owner.max()) + 1)]
-    return HeldOutTokens(ids, owner, sources, f"tokens-{split}", folder / f"tokens-{split}", split)
+    starts = [s for s in starts if s < ids.size]
+    config = {"split": split, "context_tokens": L, "prefix_id": PREFIX, "documents": documents}
+    key = key_of("tokens", 1, config)
+    folder = artefact_dir(root, "tokens", key)
+    with writing(folder, kind="tokens", key=key, stage_version=1, config=config) as out:
+        np.save(out.path / "tokens_BL.npy", ids)
+        np.save(out.path / "doc_starts.npy", np.array(starts, dtype=np.int64))
+        np.save(out.path / "source_of_doc.npy", np.arange(len(starts), dtype=np.int32) % 3)
+        out.counts |= {"sources": ["file0", "file1", "file2"]}
+    return TokenSet.open(folder)
 
 
 def documents(split: str, n: int = 150, seed: int = 0) -> list[list[int]]:
@@ -105,15 +58,25 @@ def activations(tokens_BL: np.ndarray, seed: int = 0) -> torch.Tensor:
     return (table[ids] + 0.5 * table[before]).reshape(-1, D_IN)
 
 
-def store(tokens: HeldOutTokens, seed: int = 0) -> HeldOutStore:
-    """Prefix and separators dropped, and one token in fifty as if its norm were too large."""
-    ids = tokens.tokens_BL
-    keep = (ids != PREFIX) & (np.random.default_rng(seed).random(ids.shape) > 0.02)
-    return HeldOutStore(tokens, activations(ids, seed), keep.reshape(-1), f"store-{tokens.split}")
+def store(tokens: TokenSet, root: Path, seed: int = 0, *, keep: str = "most") -> ActivationStore:
+    """Prefix and separators dropped; also one token in fifty, as if its norm were too large (``keep="most"``), none
+    (``"all"``) or every token (``"none"``)."""
+    ids = np.asarray(tokens.tokens_BL)
+    share = {"most": 0.02, "all": 0.0, "none": 1.1}[keep]
+    codes = np.where(ids == PREFIX, 2, 0) + np.where(np.random.default_rng(seed).random(ids.shape) < share, 3, 0)
+    config = {"store_dtype": "float32", "seed": seed, "keep": keep}
+    key = key_of("activations", 1, config, {"tokens": tokens.key})
+    folder = artefact_dir(root, "activations", key)
+    inputs = {"tokens": tokens.key}
+    with writing(folder, kind="activations", key=key, stage_version=1, config=config, inputs=inputs) as out:
+        (out.path / "acts_ND.bin").write_bytes(activations(ids, seed).numpy().tobytes())
+        np.save(out.path / "filter.npy", codes.reshape(-1).clip(0, 3).astype(np.uint8))
+        out.counts |= {"d_in": D_IN, "n_tokens": int(ids.size), "norm_median": 1.0, "n_dropped": {}}
+    return ActivationStore.open(folder, tokens)
 
 
-def stores(folder: Path, n: int = 150, seed: int = 0) -> dict[str, HeldOutStore]:
-    return {s: store(pack(documents(s, n, seed), s, folder)) for s in ("explain", "calibrate", "score")}
+def stores(root: Path, n: int = 150, seed: int = 0, *, keep: str = "most") -> dict[str, ActivationStore]:
+    return {s: store(pack(documents(s, n, seed), s, root), root, keep=keep) for s in ("explain", "calibrate", "score")}
 
 
 def random_sae(kind: str = "topk", *, d_sae: int = 64, k: int = 4, seed: int = 0, d_in: int = D_IN) -> SAE:
