@@ -1,0 +1,243 @@
+"""Explain, choose, check the judges, score: two artefacts per SAE, ``explanations/<key>/`` and ``scores/<key>/``.
+
+Everything is asked for in whole lists, so that plug-ins may batch; what was asked of an LLM is in the reply cache, so
+a killed run asks nothing twice. Output is sorted before it is written.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from autointerp.config import InterpConfig
+from autointerp.exemplars import ExemplarTable
+from autointerp.interfaces import ExplainContext, ScoreContext, Scorer, ScoreJob, ScoreResult, check_needs
+from autointerp.judge_check import check_judge
+from autointerp.rates import auc
+from autointerp.records import (
+    CALIBRATE,
+    Exemplar,
+    Explanation,
+    Failure,
+    JudgeCheck,
+    LatentScore,
+    LatentView,
+    ScoreItem,
+    Simulation,
+)
+from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
+from autointerp.texts import Decoder
+from sae.errors import DataError
+from sae.manifest import artefact_dir, is_complete, key_of, read_manifest, rng, writing
+from sae.plugins import find
+
+EXPLAIN_VERSION = 1
+SCORE_VERSION = 1
+CHECK_VERSION = 1
+CHECK_DESCRIPTIONS = 12
+SHUFFLED = "shuffled"
+logger = logging.getLogger(__name__)
+
+
+class Scores(NamedTuple):
+    """Content of ``scores/<key>/``."""
+
+    scores: list[LatentScore]
+    items: list[ScoreItem]
+    simulations: list[Simulation]
+    checks: list[JudgeCheck]
+
+
+def _identity(plugins: Sequence[Any], ctx: ExplainContext | ScoreContext) -> dict[str, Any]:
+    """Who answers: part of the key. Only what the plug-ins use counts."""
+    needs = frozenset().union(*(p.needs for p in plugins)) if plugins else frozenset()
+    who: dict[str, Any] = {"plugins": {p.name: p.version for p in plugins}, "seed": ctx.seed}
+    if any(n.startswith("client:") for n in needs) and ctx.client is not None:
+        identity = ctx.client.identity
+        who["client"] = {"model": identity.model, "endpoint": identity.endpoint, "revision": identity.revision}
+    if ctx.embedder is not None and ("embedder" in needs or isinstance(ctx, ExplainContext)):
+        who["embedder"] = getattr(ctx.embedder, "model_hash", ctx.embedder.name)
+    return who
+
+
+def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) -> tuple[list[Any], list[Scorer]]:
+    """(explainers, scorers) of a configuration, their needs checked; UnknownPlugin or Unsupported before any work."""
+    explainers = [find("autointerp.explainers", name)() for name in cfg.explainers]
+    scorers = [find("autointerp.scorers", name)() for name in cfg.scorers]
+    for plugin in explainers:
+        check_needs(plugin, ctx)
+    for plugin in scorers:
+        check_needs(plugin, scoring)
+    return explainers, scorers
+
+
+def explain(
+    root: Path, exemplars: ExemplarTable, explainers: Sequence[Any], ctx: ExplainContext, *, force: bool = False,
+    output_tokens: "Mapping[int, tuple[Sequence[str], Sequence[str]]] | None" = None,
+) -> Path:
+    """All explainers on all latents that have exemplars; one text per latent is marked `selected`.
+
+    ``output_tokens``: latent -> (promoted, suppressed) tokens. The choice is made on the split `calibrate` alone.
+    """
+    config, inputs = _identity(explainers, ctx), {"exemplars": exemplars.key}
+    key = key_of("explanations", EXPLAIN_VERSION, config, inputs)
+    folder = artefact_dir(root, "explanations", key)
+    if is_complete(folder) and not force:
+        return folder
+    views = [_view(exemplars, latent, ctx, output_tokens or {}) for latent in exemplars.latents]
+    found: dict[int, list[Explanation]] = {view.latent: [] for view in views}
+    for explainer in explainers:
+        for view, records in zip(views, explainer.explain_many(views, ctx), strict=True):
+            if not records:
+                raise DataError(f"explainer {explainer.name!r} said nothing of latent {view.latent}, not even a failure")
+            found[view.latent] += records
+    chosen = [e for latent in sorted(found) for e in _select(found[latent], exemplars, ctx)]
+    chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
+    with writing(folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs) as out:
+        write_jsonl(out.path / "explanations.jsonl", chosen)
+        write_parquet(out.path / "explanations.parquet", chosen, Explanation)
+        out.counts.update(sae_id=exemplars.sae_id, latents=len(views), explanations=len(chosen),
+                          failed=sum(e.failure is not None for e in chosen))
+    return folder
+
+
+def _view(
+    exemplars: ExemplarTable, latent: int, ctx: ExplainContext, output_tokens: Mapping[int, Any]
+) -> LatentView:
+    promoted, suppressed = output_tokens.get(latent, ((), ()))
+    return exemplars.view(latent, tokenizer=ctx.tokenizer, promoted=promoted, suppressed=suppressed)
+
+
+def _select(candidates: list[Explanation], exemplars: ExemplarTable, ctx: ExplainContext) -> list[Explanation]:
+    """Mark exactly one explanation: the text that separates the calibrate windows best; a pattern only if alone."""
+    texts = [e for e in candidates if e.text is not None and e.pattern is None and e.failure is None]
+    pool = texts or [e for e in candidates if e.failure is None] or candidates
+    scored = {e.explanation_id: _calibrate_auc(e, exemplars, ctx) for e in texts}
+    best = max(range(len(pool)), key=lambda i: (scored.get(pool[i].explanation_id) or 0.0, -i))
+    winner = pool[best].explanation_id
+    return [
+        replace(e, selected=e.explanation_id == winner, calibrate_score=scored.get(e.explanation_id)) for e in candidates
+    ]
+
+
+def _calibrate_auc(explanation: Explanation, exemplars: ExemplarTable, ctx: ExplainContext) -> float | None:
+    if ctx.embedder is None or explanation.text is None:
+        return None
+    decoder = Decoder(ctx.tokenizer)
+    windows = exemplars.scored(explanation.latent, CALIBRATE)
+    vectors = ctx.embedder.embed([explanation.text, *(decoder.window(e) for e in windows)])
+    cosines = vectors[1:] @ vectors[0]
+    positive = np.array([e.positive for e in windows], dtype=bool)
+    return auc(cosines[positive], cosines[~positive])
+
+
+def open_explanations(folder: Path) -> list[Explanation]:
+    """Records of one ``explanations/<key>/``, sorted by latent, explainer, candidate."""
+    read_manifest(folder)
+    return read_jsonl(Path(folder) / "explanations.jsonl", Explanation)
+
+
+def score(
+    root: Path, explanations: Path, exemplars: ExemplarTable, scorers: Sequence[Scorer], ctx: ScoreContext, *,
+    force: bool = False,
+) -> Path:
+    """All scorers on all explanations and on their shuffled floor; judges are checked first. Returns scores/<key>/."""
+    manifest = read_manifest(explanations)
+    config = _identity(scorers, ctx) | {"check_descriptions": CHECK_DESCRIPTIONS}
+    inputs = {"explanations": str(manifest["key"]), "exemplars": exemplars.key}
+    key = key_of("scores", SCORE_VERSION, config, inputs)
+    folder = artefact_dir(root, "scores", key)
+    if is_complete(folder) and not force:
+        return folder
+    checks = [check for scorer in scorers if (check := checked(root, scorer, ctx)) is not None]
+    jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
+    results: list[ScoreResult] = []
+    for scorer in scorers:
+        results += scorer.score_many(jobs, ctx)
+    scores = sorted((s for r in results for s in r.scores), key=_score_order)
+    items = sorted((i for r in results for i in r.items), key=lambda i: (i.scorer, i.explanation_id, i.exemplar_id))
+    simulations = sorted(
+        (s for r in results for s in r.simulations), key=lambda s: (s.simulator, s.explanation_id, s.exemplar_id)
+    )
+    with writing(folder, kind="scores", key=key, stage_version=SCORE_VERSION, config=config, inputs=inputs) as out:
+        write_parquet(out.path / "scores.parquet", scores, LatentScore)
+        write_parquet(out.path / "items.parquet", items, ScoreItem)
+        write_parquet(out.path / "simulations.parquet", simulations, Simulation)
+        write_jsonl(out.path / "judges.jsonl", sorted(checks, key=lambda c: c.scorer))
+        out.counts.update(
+            sae_id=exemplars.sae_id, jobs=len(jobs), scores=len(scores), items=len(items),
+            failed_items=sum(i.failure is not None for i in items), undefined=sum(s.value is None for s in scores),
+        )
+    return folder
+
+
+def _score_order(s: LatentScore) -> tuple[Any, ...]:
+    return (s.latent, s.explainer, s.scorer, s.floor_kind, s.metric, s.group, s.explanation_id)
+
+
+def make_jobs(explanations: Sequence[Explanation], exemplars: ExemplarTable, seed: int) -> list[ScoreJob]:
+    """One job per explanation, and one under `shuffled`: the text of another latent by the same explainer."""
+    jobs = []
+    by_explainer: dict[tuple[str, int], list[Explanation]] = {}
+    for e in explanations:
+        jobs.append(_job(e, e.latent, exemplars, ""))
+        if e.failure is None:
+            by_explainer.setdefault((e.explainer, e.candidate), []).append(e)
+    for (name, candidate), group in sorted(by_explainer.items()):
+        if len(group) < 2:
+            continue
+        order = rng(seed, exemplars.sae_id, name, candidate, SHUFFLED).permutation(len(group))
+        for here, there in zip(order, np.roll(order, 1), strict=True):  # one cycle: no text stays at home
+            jobs.append(_job(group[int(there)], group[int(here)].latent, exemplars, SHUFFLED))
+    return jobs
+
+
+def _job(explanation: Explanation, latent: int, exemplars: ExemplarTable, floor_kind: str) -> ScoreJob:
+    windows: list[Exemplar] = exemplars.scored(latent)
+    return ScoreJob(
+        explanation=explanation, sae_id=exemplars.sae_id, latent=latent, exemplars=tuple(windows),
+        calibrate=tuple(exemplars.scored(latent, CALIBRATE)), pi=exemplars.pi(latent), floor_kind=floor_kind,
+    )
+
+
+def checked(root: Path, scorer: Scorer, ctx: ScoreContext) -> JudgeCheck | None:
+    """The judge's check, kept as ``judge_checks/<key>/``; None for a scorer that judges no texts."""
+    config = _identity([scorer], ctx) | {"n": CHECK_DESCRIPTIONS}
+    key = key_of("judge_checks", CHECK_VERSION, config)
+    folder = artefact_dir(root, "judge_checks", key)
+    if not is_complete(folder):
+        check = check_judge(scorer, ctx, n_descriptions=CHECK_DESCRIPTIONS, seed=ctx.seed)
+        with writing(folder, kind="judge_checks", key=key, stage_version=CHECK_VERSION, config=config) as out:
+            write_jsonl(out.path / "check.jsonl", [check])
+    (check,) = read_jsonl(folder / "check.jsonl", JudgeCheck)
+    level = logging.WARNING if check.weak else logging.INFO
+    logger.log(level, "judge %s (%s): AUC %s, under wrong descriptions %s%s", check.judge, check.scorer,
+               _show(check.auc), _show(check.wrong_auc), "; weak: shown, never ranked" if check.weak else "")
+    return check
+
+
+def _show(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def open_scores(folder: Path) -> Scores:
+    """Records of one ``scores/<key>/``."""
+    read_manifest(folder)
+    folder = Path(folder)
+    return Scores(
+        read_parquet(folder / "scores.parquet", LatentScore), read_parquet(folder / "items.parquet", ScoreItem),
+        read_parquet(folder / "simulations.parquet", Simulation), read_jsonl(folder / "judges.jsonl", JudgeCheck),
+    )
+
+
+def failures_of(records: Sequence[Any]) -> dict[str, int]:
+    """How often each failure code occurs among records that carry a ``failure``."""
+    counts: dict[str, int] = {}
+    for record in records:
+        failure: Failure | None = record.failure
+        if failure is not None:
+            counts[failure.code] = counts.get(failure.code, 0) + 1
+    return dict(sorted(counts.items()))
