@@ -55,6 +55,8 @@ class InterpConfig:
     """Model name for the client; by default the embedded model."""
     base_url: str | None = None
     """openai: any compatible URL. The key is read from OPENAI_API_KEY."""
+    embedder: str = "default"
+    """Sentence embedding model of the embedded judges: `default` (MiniLM from its wheel), `none`, or a folder."""
     max_llm_tokens: int | None = None
     """Stop cleanly once this many LLM tokens were used."""
     seed: int = 0

@@ -33,6 +33,8 @@ class RunConfig:
     """Where artefacts, rows and pages go."""
     seed: int = 0
     """Seed of sampling and training."""
+    task_csv: tuple[str, ...] = ()
+    """Own probe tasks beside the preset's: NAME=FILE[:prompt_column:label_column:positive_label]."""
     device: str = "cpu"
     """torch device of the language model and the SAEs."""
     force: bool = False

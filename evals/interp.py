@@ -1,0 +1,143 @@
+"""The explaining half of the main job: contexts, explanations, scores, one SAE after the other.
+
+V vocabulary, D = d_in.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from autointerp import pipeline
+from autointerp.client import CachedClient, open_client
+from autointerp.exemplars import ExemplarTable
+from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
+from autointerp.last_acts import make_last_acts
+from evals.run_config import RunConfig
+from evals.run_log import RunLog
+from evals.stages import Pipeline
+from sae.base import SAE
+from sae.errors import BudgetExceeded, ConfigError
+from sae.language_model import LanguageModel
+
+OUTPUT_TOKENS = 10
+
+
+class Interpretation:
+    """Explanations and scores of every SAE of a run."""
+
+    def __init__(self, cfg: RunConfig, stages: Pipeline, log: RunLog) -> None:
+        self.cfg, self.stages, self.log = cfg, stages, log
+        # Before any work: unknown names and missing needs are errors now, not in an hour.
+        self.explainers, self.scorers = pipeline.load_plugins(cfg.interp, self.explain_context(None), self.score_context)
+
+    @cached_property
+    def client(self) -> CachedClient:
+        """The LLM back-end behind the reply cache; `transformers` without a model name is the subject LM itself."""
+        i = self.cfg.interp
+        options: dict[str, object] = {}
+        if i.client == "openai":
+            options = {"model": i.llm, "base_url": i.base_url}
+        elif i.client == "transformers":
+            options = {"model": i.llm, "device": self.cfg.device} if i.llm else {"lm": self.stages.lm_float32()}
+        elif i.base_url or i.llm:
+            raise ConfigError(f"--interp.client {i.client} takes no --interp.llm or --interp.base-url")
+        return open_client(
+            i.client, replies=self.cfg.root / "replies.sqlite", max_tokens=i.max_llm_tokens, **options
+        )
+
+    @cached_property
+    def embedder(self) -> EmbedderLike | None:
+        """The sentence embedding model of the embedded judges."""
+        from autointerp.embedder import Embedder
+
+        which = self.cfg.interp.embedder
+        if which == "none":
+            return None
+        if which == "default":
+            return Embedder.load(device=self.cfg.device)
+        return Embedder(Path(which), device=self.cfg.device, name=Path(which).name)
+
+    @cached_property
+    def score_context(self) -> ScoreContext:
+        lm = self.stages.lm_float32()
+        return ScoreContext(
+            seed=self.cfg.seed, client=self.client, embedder=self.embedder, lm=lm, tokenizer=lm.tokenizer
+        )
+
+    def explain_context(self, sae: SAE | None) -> ExplainContext:
+        """Context of one SAE; without one, a context that answers which needs can be met."""
+        lm = self.stages.lm()
+        hookpoint = self.stages.hookpoint
+        last_acts = make_last_acts(lm, sae, hookpoint) if sae is not None else (lambda probes: torch.empty(0).numpy())
+        return ExplainContext(
+            seed=self.cfg.seed, client=self.client, embedder=self.embedder, lm=lm, sae=sae, tokenizer=lm.tokenizer,
+            hookpoint=hookpoint, last_acts=last_acts,
+        )
+
+    @cached_property
+    def explanations(self) -> dict[str, Path]:
+        """Folder of explanations by sae_id."""
+        tables, folders = self.stages.exemplars, {}
+        with self.log.stage("explanations") as stage:
+            for sae in self.stages.saes:
+                table = tables.get(sae.sae_id)
+                if table is None or not table.latents:
+                    continue
+                try:
+                    folders[sae.sae_id] = pipeline.explain(
+                        self.cfg.root, table, self.explainers, self.explain_context(sae), force=self.cfg.force,
+                        output_tokens=output_tokens(self.stages.lm(), sae, table),
+                    )
+                except (ConfigError, BudgetExceeded):
+                    raise
+                except Exception as error:  # one SAE must not stop the others
+                    self.log.fail(sae.sae_id, "explain", error)
+            stage.finish(folders.values())
+            stage.note = f"by {', '.join(e.name for e in self.explainers)}"
+            for sae_id, folder in folders.items():
+                failed = pipeline.failures_of(pipeline.open_explanations(folder))
+                self.log.notes.setdefault("failed_explanations", {})[sae_id] = failed
+        return folders
+
+    @cached_property
+    def scores(self) -> dict[str, Path]:
+        """Folder of scores by sae_id."""
+        explained, folders = self.explanations, {}
+        with self.log.stage("scores") as stage:
+            for sae_id, folder in explained.items():
+                table: ExemplarTable = self.stages.exemplars[sae_id]
+                try:
+                    folders[sae_id] = pipeline.score(
+                        self.cfg.root, folder, table, self.scorers, self.score_context, force=self.cfg.force
+                    )
+                except (ConfigError, BudgetExceeded):
+                    raise
+                except Exception as error:
+                    self.log.fail(sae_id, "score", error)
+            stage.finish(folders.values())
+            checks = [c for f in list(folders.values())[:1] for c in pipeline.open_scores(f).checks]
+            self.log.notes["judges"] = [c.to_dict() for c in checks]
+            self.log.notes["llm"] = self.client.ledger.totals()
+            stage.note = ", ".join(f"{c.scorer} judge AUC {c.auc:.2f}" for c in checks if c.auc is not None)
+        return folders
+
+
+def output_tokens(lm: LanguageModel, sae: SAE, table: ExemplarTable) -> dict[int, tuple[list[str], list[str]]]:
+    """Latent -> (promoted, suppressed) tokens: the logit lens of its decoder row, (gamma * d_f) W_U (AUTOINTERP 3)."""
+    unembed = lm.model.get_output_embeddings().weight
+    norm = next((m for n, m in lm.decoder.named_children() if n in ("norm", "ln_f", "final_layernorm")), None)
+    gamma = getattr(norm, "weight", None)
+    if sae.W_dec_FD.shape[1] != unembed.shape[1]:
+        return {}
+    found = {}
+    with torch.no_grad():
+        for latent in table.latents:
+            d = sae.W_dec_FD[latent].to(unembed.dtype)
+            d = d / d.norm().clamp_min(1e-12) * (gamma if gamma is not None else 1.0)
+            logits = (unembed @ d).float()
+            logits[list(lm.tokenizer.all_special_ids)] = 0.0
+            order = torch.argsort(logits, stable=True)[: len(lm.tokenizer)]
+            name = [lm.tokenizer.decode([int(i)]) for i in (*order[-OUTPUT_TOKENS:].flip(0), *order[:OUTPUT_TOKENS])]
+            found[latent] = (name[:OUTPUT_TOKENS], name[OUTPUT_TOKENS:])
+    return found
