@@ -285,7 +285,7 @@ def _random_of(subject: BoardSubject, baselines: Sequence[BoardSubject], l0: dic
 def gain_of(column: Column, value: Cell, floor: Cell) -> Gain | None:
     """Difference to a floor. The interval adds the two standard errors as if independent, hence is cautious when the
     two share their documents (METRICS 3.2 pairs them; rows alone do not allow it)."""
-    if value.value is None or floor.value is None:
+    if value.value is None or floor.value is None or not column.spec.against_random:
         return None
     difference = value.value - floor.value
     low = high = None
@@ -293,7 +293,7 @@ def gain_of(column: Column, value: Cell, floor: Cell) -> Gain | None:
         half = Z95 * math.hypot(value.stderr, floor.stderr)
         low, high = difference - half, difference + half
     verdict: Literal["better", "worse", "undecided", ""] = ""
-    if column.spec.better != "neither" and low is not None and high is not None:
+    if column.ranked and low is not None and high is not None:
         up = column.spec.better == "higher"
         verdict = "undecided" if low <= 0 <= high else "better" if (low > 0) == up else "worse"
     return Gain(value=difference, ci_low=low, ci_high=high, verdict=verdict)

@@ -21,6 +21,8 @@ class ColumnSpec:
     """Parts that the row's slice must hold; () = the aggregate, slice ""."""
     floor: str | None = None
     """Key of the column that is this one's floor on the same subject."""
+    against_random: bool = True
+    """Is a random SAE a floor for it? Not for the share of dead latents, which training can only raise."""
 
 
 _SELECTED = (("explainer", "selected"),)
@@ -114,7 +116,7 @@ HEADLINE = (
     ),
     ColumnSpec(
         key="detection_floor",
-        title="…shuffled floor",
+        title="Shuffled floor of AUC",
         eval="explanation",
         metric="floor_auc",
         better="neither",
@@ -123,7 +125,7 @@ HEADLINE = (
     ),
     ColumnSpec(
         key="detection_gain",
-        title="…gain",
+        title="AUC − floor",
         eval="explanation",
         metric="gain_auc",
         better="higher",
@@ -154,6 +156,7 @@ HEADLINE = (
         eval="reconstruction",
         metric="dead_frac",
         better="lower",
+        against_random=False,
         description="Share of latents that never fire on the test tokens.",
     ),
 )

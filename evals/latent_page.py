@@ -335,6 +335,7 @@ def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
     )
     return {
         "latent": latent.latent,
+        "failures": [failure_text(f) for f in latent.failures],
         "facts": facts,
         "explanations": [_explanation(e, chosen, sae.tokens) for e in ordered],
         "score_rows": _score_rows(latent, chosen, sae.checks, grouped=False),

@@ -120,7 +120,7 @@ def markdown(board: Board, info: RunInfo) -> str:
     out += _markdown_table([*facts, *titles, "failed items"], rows)
     if board.gains:
         out += ["## Difference to the random SAE", "", "Value minus that of a random SAE of the same width and L0.", ""]
-        shown = [c for c in board.columns if c.spec.better != "neither"]
+        shown = [c for c in board.columns if c.spec.better != "neither" and c.spec.against_random]
         out += _markdown_table(
             ["name", *(c.title + _arrow(c) for c in shown)],
             (

@@ -207,7 +207,7 @@ def index_context(board: Board, info: RunInfo, data: Mapping[str, SaeData]) -> d
     """What index.html.j2 needs."""
     spans = _spans(board)
     rows = {s.sae_id: _index_row(s, board, board.columns, spans) for s in board.subjects}
-    shown = [c for c in board.columns if c.spec.better != "neither"]
+    shown = [c for c in board.columns if c.spec.better != "neither" and c.spec.against_random]
     gains = [
         (s.short, [(board.gains.get((s.sae_id, c.id)), c.spec.digits) for c in shown])
         for s in board.saes

@@ -1,0 +1,210 @@
+"""The leaderboard's choice of rows, floors, ranks and files, on rows written by the real writers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic_results as synthetic
+from synthetic_results import PCA, RANDOM, RELU, TOPK, info, write_row_folder, write_run
+
+from evals import leaderboard
+from evals.board import Board, Cell, build_board
+from evals.matched import interpolate, matched_l0, pareto
+from evals.page_text import number
+from evals.results import load_results
+from sae.errors import ArtefactError
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("board") / "results")
+
+
+@pytest.fixture
+def root(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "results"))
+
+
+def board_of(root: Path) -> Board:
+    return build_board(load_results(root))
+
+
+def test_values_intervals_and_order(root: Path) -> None:
+    board = board_of(root)
+    assert [s.sae_id for s in board.subjects] == [TOPK, RELU, PCA, RANDOM]  # SAEs by FVU, floors below
+    cell = board.cells[TOPK, "fvu"]
+    assert (cell.value, cell.ci_low, cell.ci_high, cell.n) == (0.237, pytest.approx(0.231), pytest.approx(0.243), 120)
+    assert leaderboard.cell_text(cell) == "0.237 [0.231, 0.243]"
+    assert board.cells[TOPK, "detection_auc"].value == 0.71
+    assert board.cells[TOPK, "detection_floor"].value == 0.51
+    assert board.cells[TOPK, "simulation_pearson"].value == 0.28
+    assert all((s.sae_id, c.id) in board.cells for s in board.subjects for c in board.columns)
+
+
+def test_a_gap_has_a_reason_and_no_rank(root: Path) -> None:
+    board = board_of(root)
+    gap = board.cells[RELU, "gain_vs_random"]
+    assert gap.value is None and "no_effect" in gap.reason and gap.n_failed == 3
+    assert board.cells[PCA, "n2g_f1"] == Cell(reason="not run")
+    column = board.columns_of("gain_vs_random")[0]
+    assert board.best(column) == set()  # one value alone is not the best of anything
+    assert leaderboard.cell_text(gap) == "–"
+    assert next(s for s in board.saes if s.sae_id == RELU).n_failed == 3
+
+
+def test_best_counts_what_the_intervals_cannot_tell_apart(root: Path) -> None:
+    board = board_of(root)
+    assert board.best(board.columns_of("fvu")[0]) == {TOPK}
+    assert board.best(board.columns_of("probe_loss")[0]) == {TOPK, RELU}
+    assert board.best(board.columns_of("l0")[0]) == set()
+
+
+def test_weak_judge_is_shown_and_never_ranked(root: Path) -> None:
+    board = board_of(root)
+    weak, strong = board.columns_of("simulation_pearson")[0], board.columns_of("detection_auc")[0]
+    assert "weak judge" in weak.weak and "0.71" in weak.weak and not strong.weak
+    assert board.cells[TOPK, weak.id].value is not None and board.best(weak) == set()
+    assert board.gains[TOPK, weak.id].verdict == "" and board.gains[TOPK, strong.id].verdict == "better"
+
+
+def test_gain_over_the_random_sae(root: Path) -> None:
+    board = board_of(root)
+    gain = board.gains[TOPK, "fvu"]
+    half = (0.006**2 + 0.011**2) ** 0.5
+    assert gain.value == pytest.approx(0.237 - 0.871)
+    assert gain.ci_high == pytest.approx(gain.value + half, abs=1e-4)
+    assert gain.verdict == "better"
+    assert (TOPK, "n2g_precision") not in board.gains  # the random SAE has no value there
+    assert (TOPK, "dead_frac") not in board.gains  # no floor for it
+    assert board.gains[RELU, "detection_precision"].verdict == "undecided"
+
+
+def test_random_sae_of_the_same_width_then_nearest_l0(root: Path) -> None:
+    for name, width, l0 in (("baseline.random_sae.wide", 9216, 41.0), ("baseline.random_sae.near", 4608, 40.0)):
+        write_row_folder(
+            root, info(name, d_sae=width), "reconstruction", {("l0", ""): (l0, 0.0), ("fvu", ""): (0.9, 0.01)}
+        )
+    write_row_folder(
+        root,
+        info("baseline.random_directions.x", architecture="random_directions"),
+        "reconstruction",
+        {("l0", ""): (41.3, 0.0)},
+    )
+    chosen = {s.sae_id: s.random_id for s in board_of(root).saes}
+    assert chosen == {TOPK: RANDOM, RELU: "baseline.random_sae.near"}
+
+
+def test_versions_presets_and_judges_never_share_a_column(root: Path) -> None:
+    fvu = {("fvu", ""): (0.5, 0.01)}
+    write_row_folder(root, info(TOPK), "reconstruction", fvu, key="k2", version=2)
+    write_row_folder(root, info(RELU), "reconstruction", fvu, key="k3", preset="paper")
+    other = synthetic.EMBEDDING.replace("minilm", "gpt")
+    write_row_folder(root, info(TOPK), "explanation", {("auc", other): (0.9, 0.01)}, key="k4")
+    board = board_of(root)
+    assert {c.id for c in board.columns_of("fvu")} == {"fvu@v2.quick", "fvu@v1.quick", "fvu@v1.paper"}
+    assert board.cells[TOPK, "fvu@v1.quick"].value == 0.237 and board.cells[TOPK, "fvu@v2.quick"].value == 0.5
+    assert board.cells[RELU, "fvu@v1.paper"].value == 0.5 and board.cells[RELU, "fvu@v2.quick"].value is None
+    assert {c.id for c in board.columns_of("detection_auc")} == {"detection_auc@gpt", "detection_auc@minilm"}
+    assert [c.id for c in board.columns_of("kl")] == ["kl"]
+
+
+def test_the_newest_run_counts(root: Path) -> None:
+    fvu = {("fvu", ""): (0.111, 0.01)}
+    write_row_folder(root, info(TOPK), "reconstruction", fvu, key="old", created_at="2020-01-01T00:00:00Z")
+    assert board_of(root).cells[TOPK, "fvu"].value == 0.237
+    write_row_folder(root, info(TOPK), "reconstruction", fvu, key="new", created_at="2030-01-01T00:00:00Z")
+    assert board_of(root).cells[TOPK, "fvu"].value == 0.111
+
+
+def test_interpolation_in_log_l0_and_never_beyond() -> None:
+    points = [
+        (8.0, Cell(value=0.4, ci_low=0.3, ci_high=0.5), "a"),
+        (32.0, Cell(value=0.2, ci_low=0.1, ci_high=0.3), "b"),
+    ]
+    middle = interpolate(points, 16)
+    assert middle is not None and middle[0].value == pytest.approx(0.3) and middle[0].ci_low == pytest.approx(0.2)
+    assert interpolate(points, 64) is None and interpolate(points, 4) is None and interpolate(points[:1], 8) is None
+
+
+def test_matched_l0_needs_two_saes_of_one_architecture(root: Path) -> None:
+    assert matched_l0(board_of(root)) == []
+    write_row_folder(
+        root, info("topk-k128", k=128), "reconstruction", {("l0", ""): (128.0, 0.0), ("fvu", ""): (0.1, 0.01)}
+    )
+    found = {m.l0: m for m in matched_l0(board_of(root), keys=("fvu",))}
+    assert sorted(found) == [32, 64, 128] and found[64].architecture == "topk"
+    assert found[64].value == pytest.approx((0.237 + 0.1) / 2) and found[64].between == (TOPK, "topk-k128")
+
+
+def test_pareto_states(root: Path) -> None:
+    cells = {("l0", ""): (33.0, 2.0), ("fvu", ""): (0.24, 0.01)}  # worse than topk in both, but within the errors
+    write_row_folder(root, info("twin"), "reconstruction", cells)
+    board = board_of(root)
+    assert pareto(board, board.columns_of("fvu")[0]) == {TOPK: "front", RELU: "dominated", "twin": "undecided"}
+
+
+def test_files_agree_and_are_deterministic(root: Path) -> None:
+    paths = leaderboard.build(root, site=False)
+    assert [p.name for p in paths] == ["leaderboard.csv", "leaderboard.md", "leaderboard.parquet"]
+    before = [p.read_bytes() for p in paths]
+    table, parquet = pd.read_csv(paths[0]), pd.read_parquet(paths[2])
+    assert list(table["sae_id"]) == list(parquet["sae_id"]) == [TOPK, RELU, PCA, RANDOM]
+    first = table.iloc[0]
+    assert (first["fvu"], first["fvu_ci_low"], first["fvu_n"], first["preset"], first["device"]) == (
+        0.237,
+        pytest.approx(0.231),
+        120,
+        "quick",
+        "cpu",
+    )
+    assert first["fvu_vs_random"] == pytest.approx(-0.634) and first["run_key"].startswith("ablation_sparsity=k0;")
+    assert pd.isna(table.loc[1, "gain_vs_random"]) and "no_effect" in table.loc[1, "gain_vs_random_missing"]
+    text = paths[1].read_text(encoding="utf-8")
+    assert "0.237 [0.231, 0.243]" in text and "python -m evals.run_all --preset quick" in text and "weak judge" in text
+    leaderboard.build(root, site=False)
+    assert [p.read_bytes() for p in paths] == before
+    assert not list(root.glob("*.tmp-*"))
+
+
+def test_door_prints_the_board_and_says_what_is_missing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leaderboard.main(["--root", str(root), "--no-site"]) == 0
+    out = capsys.readouterr().out
+    assert "0.237 [0.231, 0.243] *" in out and "weak judge" in out and not (root / "site").exists()
+    assert leaderboard.main(["--root", str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert leaderboard.main(["--root", str(tmp_path / "empty")]) == 2
+    assert "run: python -m evals.run_all" in capsys.readouterr().err
+    with pytest.raises(ArtefactError, match="no result rows"):
+        leaderboard.build(tmp_path / "empty")
+
+
+def test_damaged_run_file_is_named(root: Path) -> None:
+    (root / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ArtefactError, match=r"run\.json is damaged"):
+        leaderboard.build(root)
+
+
+def test_an_empty_board_has_no_columns() -> None:
+    board = build_board(pd.DataFrame(columns=["sae_id"]))
+    assert board.subjects == [] and list(leaderboard.wide_table(board).columns)[:2] == ["sae_id", "kind"]
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(None, 3, ""), (0.0, 3, "0.000"), (-0.5, 2, "−0.50"), (0.00001, 3, "1.0e-05"), (41.26, 1, "41.3")],
+)
+def test_number(value: float | None, digits: int, text: str) -> None:
+    assert number(value, digits) == text
+
+
+def test_loads_without_torch() -> None:
+    heavy = "[m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules]"
+    code = f"import json, sys, evals.leaderboard, evals.pages; print(json.dumps({heavy}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout) == []

@@ -1,0 +1,306 @@
+"""The static pages: everything is there, nothing of a text becomes markup, nothing asks the network."""
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import synthetic_results as synthetic
+from synthetic_results import RELU, TOPK, write_run
+
+from autointerp.records import Explanation
+from evals import charts, pages
+from evals.board import build_board
+from evals.page_data import LatentData, SaeData, artefacts, load_site_data
+from evals.page_text import LEVELS, segments, slug, visible
+from evals.page_tokens import TokenReader, read_tokenizer
+from evals.results import load_results
+from sae.manifest import writing
+
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+NASTY = {
+    "markup": "<script>alert(1)</script>",
+    "attribute": '" onmouseover="alert(1)',
+    "entity": "&lt;b&gt;",
+    "close": "</p></main>",
+    "control": "a\x00b\x07c\x1b[31m",
+    "lines": "one\ntwo\r\n\tthree\u2028",
+    "hebrew": "שלום עולם",
+    "arabic": "مرحبا",
+    "override": "abc\u202edef\u2066x\u2069",
+    "half": "\ud83d",
+    "emoji": "👩\u200d💻",
+    "template": "{{ 7*7 }}{% raw %}",
+}
+
+
+class Page(HTMLParser):
+    """Parses strictly: every element closed in order; collects text, attributes and element names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.stack: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == [], f"unclosed {self.stack}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack and self.stack.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return "".join(self.text)
+
+    def named(self, tag: str) -> Iterator[dict[str, str | None]]:
+        return (attrs for name, attrs in self.tags if name == tag)
+
+
+def build(root: Path, data: dict[str, SaeData] | None = None) -> Path:
+    results = load_results(write_run(root))
+    return pages.build_site(root, results, build_board(results), synthetic.site_data() if data is None else data).parent
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("pages") / "results")
+
+
+def every_page(site: Path) -> list[tuple[Path, Page]]:
+    return [(path, Page(path.read_text(encoding="utf-8"))) for path in sorted(site.rglob("*.html"))]
+
+
+def test_all_pages_are_there_well_formed_and_linked(site: Path) -> None:
+    found = every_page(site)
+    assert len(found) == 1 + 4 + 2 * 3
+    for path, page in found:
+        assert next(page.named("html"))["lang"] == "en" and list(page.named("h1")) and list(page.named("main"))
+        for tag, name in (("a", "href"), ("link", "href"), ("script", "src")):
+            for attrs in page.named(tag):
+                target = str(attrs.get(name, ""))
+                if target.startswith(("#", "data:")) or "leaderboard." in target:
+                    continue
+                assert (path.parent / target).resolve().is_file(), f"{path}: {target}"
+
+
+def test_no_request_leaves_the_page(site: Path) -> None:
+    for path in [p for p in site.rglob("*") if p.is_file()]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"https?://|@import|fetch\(|XMLHttpRequest|innerHTML|document\.write|\beval\(", text), path
+    for path, page in every_page(site):
+        assert all("src" in attrs for attrs in page.named("script")), path
+        assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")], path
+
+
+def test_index_shows_values_floors_judges_and_the_run(site: Path) -> None:
+    page = Page((site / "index.html").read_text(encoding="utf-8"))
+    for text in (
+        "0.237",
+        "[0.231, 0.243]",
+        "Floors and ceilings",
+        "weak judge",
+        "Check AUC",
+        "✓ better",
+        "train SAEs",
+        "2.4 min",
+        "reused",
+        "python -m evals.run_all --preset quick",
+        "0123456789abcdef",
+        "made-up cpu",
+    ):
+        assert text in page.words, text
+    gaps = [a for a in page.named("span") if a.get("class") == "gap"]
+    assert (
+        gaps
+        and any("no_effect" in str(a.get("title")) for a in gaps)
+        and all(a.get("tabindex") == "0" for a in gaps if "title" in a)
+    )
+    assert len([a for a in page.named("svg") if a.get("class") == "chart"]) == 2
+    assert len(list(page.named("button"))) > 15 and (site / "index.html").stat().st_size < 1_000_000
+    assert all(
+        a.get("tabindex") == "0" and a.get("aria-label") for a in page.named("div") if a.get("class") == "scroll"
+    )
+
+
+def test_latent_page_shows_everything_with_failures_as_failures(site: Path) -> None:
+    path = site / "latent" / TOPK / "17.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    for text in (
+        "selected",
+        "failed",
+        "no_json (the reply held no object)",
+        "margin",
+        "0.310",
+        "check AUC 0.84",
+        "weak judge",
+        "[0.710, 0.930]",
+        "0.520",
+        "6 + 8",
+        "✓ embedding",
+        "✗ embedding",
+        "⚠ embedding: timeout",
+        "Simulation failed: low_mass",
+        "judge",
+        "ruling",
+        "hard negatives",
+        "court",
+    ):
+        assert text in page.words, text
+    shaded = [a for a in page.named("span") if str(a.get("class", "")).startswith("t") and a.get("data-v")]
+    assert any(a["data-v"] == "3.7" and a["style"] == "--a:1.0" for a in shaded)
+    assert any("--s:0.8" in str(a["style"]) and "simulated 0.8" in str(a["title"]) for a in shaded)
+    assert any(a.get("class") == "spark" for a in page.named("svg")) and path.stat().st_size < 60_000
+    titles = [str(a.get("title")) for a in page.named("li")]
+    assert any("from 5 exemplar(s)" in t for t in titles)
+
+
+def test_sae_page_lists_latents_and_all_metrics(site: Path) -> None:
+    page = Page((site / "sae" / f"{RELU}.html").read_text(encoding="utf-8"))
+    for text in ("words such as court, law", "embedding auc", "gain_vs_random", "Training loss", "0.8710"):
+        assert text in page.words, text
+    assert any("../latent/" in str(a.get("href")) for a in page.named("a"))
+
+
+def nasty_latent() -> tuple[LatentData, TokenReader]:
+    base = synthetic.latent()
+    texts = {100 + i: text for i, text in enumerate(NASTY.values())}
+    ids = tuple(texts)
+    window = synthetic.exemplar(1, "top", "explain", ids=ids)
+    evil = Explanation(
+        explanation_id="x", sae_id=TOPK, latent=17, explainer="<i>", text=" | ".join(NASTY.values()), selected=True
+    )
+    pattern = {"patterns": [{"ids": list(ids), "anchored": True, "value": 1.0, "n_docs": 1}]}
+    also = Explanation(explanation_id="y", sae_id=TOPK, latent=17, explainer="n2g", pattern=pattern, selected=False)
+    return LatentData(
+        latent=17,
+        sae_id=TOPK,
+        stats=base.stats,
+        exemplars=[window],
+        explanations=[evil, also],
+        top_ids=ids,
+        promoted=tuple(NASTY.values()),
+    ), synthetic.reader(texts)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    latent, reader = nasty_latent()
+    data = {TOPK: SaeData(sae_id=TOPK, cfg={"note": NASTY["markup"] + "\u202e"}, latents=[latent], tokens=reader)}
+    clean = {tag for _, page in every_page(build(tmp_path / "clean")) for tag, _ in page.tags}
+    site = build(tmp_path / "nasty", data)
+    for path, page in every_page(site):
+        text = path.read_text(encoding="utf-8")  # strict: half an emoji would not have been writable
+        assert {tag for tag, _ in page.tags} <= clean and len(list(page.named("script"))) == 1, path
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), path
+    page = Page((site / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
+    for text in (
+        NASTY["markup"],
+        NASTY["attribute"],
+        NASTY["entity"],
+        NASTY["hebrew"],
+        NASTY["arabic"],
+        NASTY["template"],
+        "a␀b␇c␛[31m",
+        "one⏎two␍⏎⇥three⏎",
+        "abc⟨RLO⟩def⟨LRI⟩x⟨PDI⟩",
+        "\ufffd",
+    ):
+        assert text in page.words, text
+    assert all(a.get("dir") == "auto" for a in page.named("p") if a.get("class") == "text")
+
+
+def test_rebuilt_whole_and_with_the_same_bytes(tmp_path: Path) -> None:
+    site = build(tmp_path / "results")
+    first = pages.site_digest(site)
+    (site / "latent" / "stale.html").write_text("old", encoding="utf-8")
+    results = load_results(tmp_path / "results")
+    pages.build_site(tmp_path / "results", results, None, synthetic.site_data())
+    assert pages.site_digest(site) == first and not list((tmp_path / "results").glob("site.tmp-*"))
+
+
+def test_a_failing_build_leaves_the_old_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = build(tmp_path / "results")
+    first = pages.site_digest(site)
+    broken = synthetic.site_data()
+    broken[TOPK].latents[1].exemplars = [None]  # type: ignore[list-item]
+    with pytest.raises(AttributeError):
+        pages.build_site(tmp_path / "results", load_results(tmp_path / "results"), None, broken)
+    assert pages.site_digest(site) == first and not list((tmp_path / "results").glob("site.tmp-*"))
+
+
+def test_rows_alone_make_a_site(tmp_path: Path) -> None:
+    site = build(tmp_path / "results", {})
+    assert len(every_page(site)) == 5
+
+
+def test_names_that_are_no_file_names_cannot_leave_the_site() -> None:
+    assert slug(TOPK) == TOPK
+    for name in ("../../etc/passwd", "a/b", "", ".hidden", "x" * 300, "a b", "a\x00b"):
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", slug(name)), name
+    assert slug("a/b") != slug("a b")
+
+
+def test_segments_shade_in_steps_and_merge_only_silence() -> None:
+    found = segments(["a", "b", "c", "d"], [0.0, 0.0, 4.0, 0.001], 4.0, peak=2)
+    assert [s.text for s in found] == ["ab", "c", "d"]
+    assert found[0].plain and found[1].shade == 1.0 and found[1].peak and found[2].shade == 1 / LEVELS
+    simulated = segments(["a", "b"], [0.0, 0.0], 4.0, simulated=[0.2, 0.0])
+    assert [s.simulated for s in simulated] == [0.2, 0.0] and not any(s.plain for s in simulated)
+    assert segments([], [], 1.0) == [] and segments(["a"], [float("nan")], 1.0)[0].plain
+    assert segments(["a"], [1.0], 0.0)[0].plain  # a dead latent has no scale
+    assert segments(["a"], [1.0], 1.0, simulated=[4.0])[0].simulated == 1.0  # activation units over their own top
+
+
+@pytest.mark.parametrize("text", [*NASTY.values(), "", " plain ", "日本語"])
+def test_visible_can_be_written_and_is_stable(text: str) -> None:
+    shown = visible(text)
+    assert shown.encode("utf-8") is not None and visible(shown) == shown
+
+
+def test_charts_handle_edges() -> None:
+    point = charts.Point(label="<b>", series=0, x=1.0, y=0.0, y_ci=(-0.1, 0.1), href="a.html")
+    assert "<b>" not in charts.scatter([point], "x", "y", "t") and "&lt;b&gt;" in charts.scatter([point], "x", "y", "t")
+    assert charts.scatter([], "x", "y", "t") == "" and charts.bars([0, 0], ("a", "b"), "t") == ""
+    assert charts.interval_bar(1.0, None, None, None, (0.0, 0.0)) == ""
+    assert charts.lines([("a", [1, 2], [float("nan"), 1.0])], "x", "t") == ""
+    wide = charts.scatter([point, charts.Point(label="b", series=-1, x=100.0, y=3.0)], "x", "y", "t")
+    assert "x (log)" in wide and "y (log)" not in wide
+    assert "nan" not in charts.true_and_simulated([0.0, 1.0], [0.5, 0.0], 1.0)
+
+
+def test_newest_artefact_last_and_incomplete_ones_ignored(tmp_path: Path) -> None:
+    for key, made in (("b", "2026-01-02"), ("a", "2026-01-03"), ("c", "2026-01-01")):
+        with writing(tmp_path / "scores" / key, kind="scores", key=key, stage_version=1, config={}):
+            pass
+        path = tmp_path / "scores" / key / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["provenance"]["created_at"] = made
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "scores" / "half").mkdir()
+    assert [folder.name for folder, _ in artefacts(tmp_path, "scores")] == ["c", "b", "a"]
+    assert load_site_data(tmp_path) == {}
+
+
+def test_token_reader_puts_a_split_character_at_its_last_token(tmp_path: Path) -> None:
+    from tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    reader = read_tokenizer(["", str(tmp_path)])
+    ids = tokenizer.encode("aé👍", add_special_tokens=False)
+    assert reader.window(ids) == ["a", "", "é", "", "", "", "👍"]
+    assert reader.piece(ids[1]) == "\ufffd"
+    assert read_tokenizer(["/no/such/folder"]).window([5, 6]) == ["⟨5⟩", "⟨6⟩"]
