@@ -14,7 +14,7 @@ import numpy as np
 
 from autointerp.config import InterpConfig
 from autointerp.exemplars import ExemplarTable
-from autointerp.interfaces import ExplainContext, ScoreContext, Scorer, ScoreJob, ScoreResult, check_needs
+from autointerp.interfaces import ExplainContext, ScoreContext, ScoreJob, Scorer, ScoreResult, check_needs
 from autointerp.judge_check import check_judge
 from autointerp.rates import auc
 from autointerp.records import (
@@ -31,7 +31,7 @@ from autointerp.records import (
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
 from autointerp.texts import Decoder
 from sae.errors import DataError
-from sae.manifest import artefact_dir, is_complete, key_of, read_manifest, rng, writing
+from sae.manifest import artefact_dir, canonical_json, is_complete, key_of, read_manifest, rng, writing
 from sae.plugins import find
 
 EXPLAIN_VERSION = 1
@@ -99,6 +99,9 @@ def explain(
     with writing(folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs) as out:
         write_jsonl(out.path / "explanations.jsonl", chosen)
         write_parquet(out.path / "explanations.parquet", chosen, Explanation)
+        if output_tokens:  # for the pages: latent -> [promoted, suppressed]
+            shown = {str(i): [list(side) for side in output_tokens[i]] for i in sorted(output_tokens)}
+            (out.path / "output_tokens.json").write_text(canonical_json(shown) + "\n", encoding="utf-8")
         out.counts.update(sae_id=exemplars.sae_id, latents=len(views), explanations=len(chosen),
                           failed=sum(e.failure is not None for e in chosen))
     return folder

@@ -16,6 +16,8 @@ from evals.page_tokens import TokenReader
 
 HEADLINE_METRICS = ("auc", "pearson", "f1", "balanced_accuracy", "accuracy")
 """The first of these that a scorer reports stands for it in tables with one column per scorer."""
+SHOWN_METRICS = (*HEADLINE_METRICS, "precision", "recall")
+"""Metrics of the main table; the others fold away."""
 MAX_PATTERNS = 12
 KIND_TITLES = (
     ("explain", ("top",), "Strongest", False),
@@ -333,12 +335,14 @@ def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
     ordered = sorted(
         latent.explanations, key=lambda e: (e is not chosen, e.failure is not None, e.explainer, e.candidate)
     )
+    scores = _score_rows(latent, chosen, sae.checks, grouped=False)
     return {
         "latent": latent.latent,
         "failures": [failure_text(f) for f in latent.failures],
         "facts": facts,
         "explanations": [_explanation(e, chosen, sae.tokens) for e in ordered],
-        "score_rows": _score_rows(latent, chosen, sae.checks, grouped=False),
+        "score_rows": [r for r in scores if r["metric"] in SHOWN_METRICS],
+        "more_rows": [r for r in scores if r["metric"] not in SHOWN_METRICS],
         "group_rows": _score_rows(latent, chosen, sae.checks, grouped=True),
         "window_groups": groups,
         "has_wrong": any(w["wrong"] for w in windows),

@@ -28,6 +28,8 @@ from sae.manifest import is_complete, read_manifest
 if TYPE_CHECKING:
     import pandas as pd
 
+PLACES = ("root", "verbose", "list", "dry_run", "force")
+"""Options that say where and how loudly, not what: left out of the pages."""
 VERSIONS = ("saescope", "torch", "transformers", "vllm", "python", "machine")
 
 
@@ -138,7 +140,7 @@ def run_info(root: Path, results: "pd.DataFrame | None" = None) -> RunInfo:
         presets=tuple(presets),
         versions=versions,
         machine=run.get("machine") or {},
-        config=run.get("config") or {},
+        config={n: v for n, v in (run.get("config") or {}).items() if n not in PLACES},
         notes=run.get("notes") or {},
         stages=stages,
         failures=tuple(_failure_text(f) for f in run.get("failures", [])),
@@ -274,6 +276,11 @@ def _add_texts(sae: SaeData, latents: dict[int, LatentData], found: Mapping[str,
 
     for explanation in open_explanations(found["explanations"]):
         of(explanation.latent).explanations.append(explanation)
+    output = found["explanations"] / "output_tokens.json"
+    if output.is_file():
+        for number, (promoted, suppressed) in _json(output).items():
+            entry = of(int(number))
+            entry.promoted, entry.suppressed = tuple(map(str, promoted)), tuple(map(str, suppressed))
     if "scores" not in found:
         return
     scored = open_scores(found["scores"])
@@ -296,9 +303,6 @@ def _add_stats(latent: LatentData, sae: SaeData) -> None:
     latent.stats = dict(sae.stats.loc[latent.latent])
     ids = latent.stats.get("top_tokens")
     latent.top_ids = () if ids is None else tuple(int(i) for i in ids)
-    latent.promoted, latent.suppressed = (
-        tuple(map(str, latent.stats.get(name, ()))) for name in ("promoted", "suppressed")
-    )
 
 
 def _json(path: Path) -> dict[str, Any]:
