@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sae.errors import ConfigError, Unsupported, did_you_mean
 
 if TYPE_CHECKING:
+    from sae.fast_forward import FastForward
     from sae.upper import UpperRunner
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class LanguageModel:
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
         self.decoder, self.stack_name = _find_stack(model, self.n_layers)
         self._widths: dict[str, int] = {}
+        self._fast_blocks = 0
+        self._fast_pass: FastForward | None = None
 
     @classmethod
     def load(
@@ -99,7 +102,7 @@ class LanguageModel:
     @cached_property
     def blocks(self) -> nn.ModuleList:
         """The decoder's blocks, first to last."""
-        return self.decoder.get_submodule(self.stack_name)
+        return cast(nn.ModuleList, self.decoder.get_submodule(self.stack_name))
 
     def default_hookpoint(self) -> str:
         """The output of the middle block."""
@@ -140,6 +143,31 @@ class LanguageModel:
 
         The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that yields no [B, L, D].
         """
+        depths = {h: self.block_of(h) for h in hookpoints}
+        fast = self._fast(max((d or 0) for d in depths.values())) if all(depths.values()) else None
+        if fast is None:
+            return self.capture_by_hooks(ids_BL, hookpoints)
+        by_depth = fast(ids_BL.to(self.device), [d for d in depths.values() if d])
+        return {h: by_depth[d] for h, d in depths.items() if d}
+
+    def _fast(self, n_blocks: int) -> "FastForward | None":
+        """The lean pass over the first blocks, if the model is of a shape that has one and it agrees with the model."""
+        if n_blocks > self._fast_blocks:
+            from sae.fast_forward import FastForward, suits, verified
+
+            self._fast_blocks, self._fast_pass = n_blocks, None
+            if suits(self.model):
+                fast = FastForward(self.decoder, list(self.blocks), n_blocks)
+                generator = torch.Generator().manual_seed(0)
+                ids = torch.randint(self.vocab_size, (2, 16), generator=generator).to(self.device)
+                hookpoint = f"{self.stack_name}.{n_blocks - 1}"
+                reference = self.capture_by_hooks(ids, [hookpoint])[hookpoint]
+                self._fast_pass = fast if verified(fast, {n_blocks: reference}, ids) else None
+        return self._fast_pass
+
+    @torch.no_grad()
+    def capture_by_hooks(self, ids_BL: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
+        """:meth:`capture` by the model's own forward pass and hooks: any model, any module."""
         found: dict[str, Tensor] = {}
         wanted = set(hookpoints)
 
