@@ -155,7 +155,7 @@ def score(
     folder = artefact_dir(root, "scores", key)
     if is_complete(folder) and not force:
         return folder
-    checks = [check for scorer in scorers if (check := checked(root, scorer, ctx)) is not None]
+    checks = sorted((checked(root, scorer, ctx) for scorer in scorers), key=lambda c: c.scorer)
     jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
     results: list[ScoreResult] = []
     for scorer in scorers:
@@ -169,7 +169,7 @@ def score(
         write_parquet(out.path / "scores.parquet", scores, LatentScore)
         write_parquet(out.path / "items.parquet", items, ScoreItem)
         write_parquet(out.path / "simulations.parquet", simulations, Simulation)
-        write_jsonl(out.path / "judges.jsonl", sorted(checks, key=lambda c: c.scorer))
+        write_jsonl(out.path / "judges.jsonl", checks)
         out.counts.update(
             sae_id=exemplars.sae_id, jobs=len(jobs), scores=len(scores), items=len(items),
             failed_items=sum(i.failure is not None for i in items), undefined=sum(s.value is None for s in scores),
@@ -206,8 +206,8 @@ def _job(explanation: Explanation, latent: int, exemplars: ExemplarTable, floor_
     )
 
 
-def checked(root: Path, scorer: Scorer, ctx: ScoreContext) -> JudgeCheck | None:
-    """The judge's check, kept as ``judge_checks/<key>/``; None for a scorer that judges no texts."""
+def checked(root: Path, scorer: Scorer, ctx: ScoreContext) -> JudgeCheck:
+    """The judge's check, kept as ``judge_checks/<key>/``, so that a judge is checked once."""
     config = _identity([scorer], ctx) | {"n": CHECK_DESCRIPTIONS}
     key = key_of("judge_checks", CHECK_VERSION, config)
     folder = artefact_dir(root, "judge_checks", key)

@@ -5,6 +5,7 @@ V vocabulary, D = d_in.
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +30,14 @@ class Interpretation:
     def __init__(self, cfg: RunConfig, stages: Pipeline, log: RunLog) -> None:
         self.cfg, self.stages, self.log = cfg, stages, log
         # Before any work: unknown names and missing needs are errors now, not in an hour.
-        self.explainers, self.scorers = pipeline.load_plugins(cfg.interp, self.explain_context(None), self.score_context)
+        explaining, scoring = self.explain_context(None), self.score_context
+        self.explainers, self.scorers = pipeline.load_plugins(cfg.interp, explaining, scoring)
 
     @cached_property
     def client(self) -> CachedClient:
         """The LLM back-end behind the reply cache; `transformers` without a model name is the subject LM itself."""
         i = self.cfg.interp
-        options: dict[str, object] = {}
+        options: dict[str, Any] = {}
         if i.client == "openai":
             options = {"model": i.llm, "base_url": i.base_url}
         elif i.client == "transformers":

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = parse(arguments)
         verbose = cfg.verbose
         console.setup(cfg.verbose)
-        if cfg.list:
+        if cfg.list_:
             list_everything()
             return EXIT_OK
         if cfg.dry_run:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from autointerp.config import ExemplarConfig, InterpConfig
 from sae.config import FilterConfig, TokensConfig, TrainConfig, require, to_dict
@@ -39,7 +41,7 @@ class RunConfig:
     """torch device of the language model and the SAEs."""
     force: bool = False
     """Recompute every stage; by default a stage whose manifest is complete is reused."""
-    list: bool = False
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List evaluations, architectures, explainers, scorers and clients, and exit."""
     dry_run: bool = False
     """Say what would run, with estimated minutes, memory, disk and LLM tokens, and exit."""
@@ -67,7 +69,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What the results depend on: everything but places, verbosity and what to do today."""
         values = to_dict(self)
-        for name in ("root", "force", "list", "dry_run", "verbose", "evals"):
+        for name in ("root", "force", "list_", "dry_run", "verbose", "evals"):
             values.pop(name)
         return values
 

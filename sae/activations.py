@@ -179,7 +179,7 @@ def filter_codes(
 ) -> tuple[np.ndarray, float]:
     """(code per token uint8, the median norm used). Rules in order: position, token id, norm (TRAINING 1)."""
     rows = np.asarray(tokens.tokens_BL)
-    codes = np.zeros(rows.shape, dtype=np.uint8)
+    codes: np.ndarray = np.zeros(rows.shape, dtype=np.uint8)
     if cfg.drop_special:
         codes[np.isin(rows, np.array(dropped_ids, dtype=rows.dtype))] = BY_TOKEN
     codes[:, [p for p in cfg.drop_positions if p < rows.shape[1]]] = BY_POSITION

@@ -81,12 +81,12 @@ class TokensConfig:
     """Tokens per row, prefix token included."""
     prefix_id: int | None = None
     """Token at position 0 of each row; by default the BOS id if the tokenizer adds one, else EOS (id 0 for SmolLM2)."""
-    train_tokens: int = 262_144
+    train_tokens: int = 256_000
     """At most this many tokens of the split train; likewise below."""
-    explain_tokens: int = 98_304
-    calibrate_tokens: int = 49_152
-    score_tokens: int = 98_304
-    test_tokens: int = 32_768
+    explain_tokens: int = 24_576
+    calibrate_tokens: int = 12_288
+    score_tokens: int = 32_768
+    test_tokens: int = 16_384
     seed: int = 0
     """Order of documents."""
 

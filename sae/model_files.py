@@ -54,9 +54,10 @@ class ModelFiles:
             config = AutoConfig.from_pretrained(self.source, **where)
         _require_causal(self.source, config)
         with _quiet(), _explained(self.source, "model"):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.source, config=config, dtype=dtype, output_loading_info=True, **where
             )
+        model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing:
             raise ConfigError(

@@ -41,10 +41,17 @@ logger = logging.getLogger(__name__)
 class Store(Protocol):
     """What training needs of ``sae.activations.ActivationStore``."""
 
-    key: str
-    d_in: int
-    n_kept: int
-    kept_N: np.ndarray
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def n_kept(self) -> int: ...
+
+    @property
+    def kept_N(self) -> np.ndarray: ...
 
     def read(self, flat: Any) -> Tensor:
         """float32 [n, D]."""
