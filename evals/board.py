@@ -83,7 +83,8 @@ class BoardSubject:
     fields: dict[str, Any]
     """SUBJECT_FIELDS; a missing number is None."""
     provenance: dict[str, str]
-    n_failed: int
+    n_failed: int = 0
+    """Items that failed or had no value, over the columns of the board; they enter no value."""
     n_rows: int
     random_id: str | None = None
     """The random SAE it is compared with."""
@@ -259,7 +260,6 @@ def _subject(rows: "pd.DataFrame") -> BoardSubject:
     return BoardSubject(
         fields=fields,
         provenance={name: _joined(rows, name) for name in PROVENANCE},
-        n_failed=int(rows["n_failed"].fillna(0).sum()) + int((rows["status"] == "failed").sum()),
         n_rows=len(rows),
     )
 
@@ -337,6 +337,10 @@ def build_board(results: "pd.DataFrame") -> Board:
         ]
         for subject in subjects:
             cells[subject.sae_id, column.id] = _cell(found[found["sae_id"] == subject.sae_id])
+    subjects = [
+        replace(s, n_failed=sum(cells[s.sae_id, c.id].n_failed for c in columns if c.spec.better != "neither"))
+        for s in subjects
+    ]
     l0_column = next(c for c in columns if c.spec.key == "l0")
     l0 = {s.sae_id: cells[s.sae_id, l0_column.id].value for s in subjects}
     baselines = [s for s in subjects if s.is_baseline]

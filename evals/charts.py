@@ -191,10 +191,13 @@ def bars(
     width, height, floor = 300.0, 96.0, 78.0
     drawn = [math.log1p(max(0.0, float(h))) if log else max(0.0, float(h)) for h in heights]
     top, step = max(drawn), width / len(drawn)
-    body = []
+    body, outline = [], []
     for i, value in enumerate(drawn):
         tall = value / top * (floor - 6)
         tall = max(tall, 1.0) if value > 0 else 0.0
+        if log:  # the linear chart beside it carries the counts; one path keeps the page light
+            outline.append(f"M{i * step:.1f} {floor:g}v{-tall:.1f}h{step * 0.85:.1f}v{tall:.1f}z" if tall else "")
+            continue
         note = escape(notes[i] if i < len(notes) else f"{heights[i]:g}")
         gap = min(1.0, step * 0.15)
         body.append(
@@ -202,6 +205,8 @@ def bars(
             f'height="{tall:.2f}">'
             f"<title>{note}</title></rect>"
         )
+    if log:
+        body.append(f'<path class="hist" d="{"".join(outline)}"/>')
     body.append(f'<line class="rail" x1="0" x2="{width:g}" y1="{floor:g}" y2="{floor:g}"/>')
     body.append(f'<text class="tick" x="0" y="{height - 4:g}">{escape(edges[0])}</text>')
     body.append(f'<text class="tick" x="{width:g}" y="{height - 4:g}" text-anchor="end">{escape(edges[1])}</text>')

@@ -16,7 +16,7 @@ from evals.page_tokens import TokenReader
 
 HEADLINE_METRICS = ("auc", "pearson", "f1", "balanced_accuracy", "accuracy")
 """The first of these that a scorer reports stands for it in tables with one column per scorer."""
-SHOWN_METRICS = (*HEADLINE_METRICS, "precision", "recall")
+SHOWN_METRICS = ("auc", "pearson", "precision", "accuracy")
 """Metrics of the main table; the others fold away."""
 MAX_PATTERNS = 12
 KIND_TITLES = (
@@ -86,12 +86,14 @@ def _headline(metrics: Iterable[str]) -> str:
 
 
 def score_columns(sae: SaeData) -> list[ScoreColumn]:
-    """One column per scorer that scored anything of this SAE."""
+    """One column per scorer that scored a selected explanation of this SAE."""
     weak = weak_checks(sae.checks)
     metrics: dict[tuple[str, str], set[str]] = {}
     for latent in sae.latents:
+        chosen = selected(latent.explanations)
         for s in _aggregate(latent.scores):
-            metrics.setdefault((s.scorer, s.judge), set()).add(s.metric)
+            if chosen is not None and s.explanation_id == chosen.explanation_id:
+                metrics.setdefault((s.scorer, s.judge), set()).add(s.metric)
     many = {scorer for scorer, _ in metrics if sum(other == scorer for other, _ in metrics) > 1}
     columns = []
     for (scorer, judge), names in sorted(metrics.items()):
@@ -222,20 +224,22 @@ def _score_rows(
 
 # -- windows ----------------------------------------------------------------------------------------------------------
 def _verdict(item: ScoreItem) -> dict[str, str]:
-    if item.failure is not None or item.verdict is None:
-        code = failure_text(item.failure) or "no verdict"
+    value = f" {number(plain(item.value), 2)}" if item.value is not None else ""
+    if item.failure is not None or (item.verdict is None and item.value is None):
+        code = failure_text(item.failure) or "no answer"
         return {
             "state": "failed",
             "text": f"⚠ {item.scorer}: {code}",
             "hint": "the judge gave no answer; counted as failed, not as no",
         }
+    if item.verdict is None:  # a judge of strengths, not of yes and no
+        return {"state": "neutral", "text": f"{item.scorer}{value}", "hint": ""}
     right = item.verdict == item.positive
     said, truth = ("active" if item.verdict else "silent"), ("active" if item.positive else "silent")
-    value = f" {number(plain(item.value), 2)}" if item.value is not None else ""
     return {
         "state": "right" if right else "wrong",
         "text": f"{'✓' if right else '✗'} {item.scorer}{value}",
-        "hint": f"{item.scorer} says {said}; it is {truth}",
+        "hint": "" if right else f"says {said}; it is {truth}",
     }
 
 
@@ -343,7 +347,7 @@ def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
         "explanations": [_explanation(e, chosen, sae.tokens) for e in ordered],
         "score_rows": [r for r in scores if r["metric"] in SHOWN_METRICS],
         "more_rows": [r for r in scores if r["metric"] not in SHOWN_METRICS],
-        "group_rows": _score_rows(latent, chosen, sae.checks, grouped=True),
+        "group_rows": [r for r in _score_rows(latent, chosen, sae.checks, grouped=True) if r["selected"]],
         "window_groups": groups,
         "has_wrong": any(w["wrong"] for w in windows),
         "has_sim": any(w["spark"] for w in windows),

@@ -77,7 +77,8 @@ class Segment:
 
     @property
     def plain(self) -> bool:
-        return self.shade == 0 and self.simulated is None
+        """Nothing to draw."""
+        return self.shade == 0 and not self.simulated
 
 
 def _step(share: float) -> float:
@@ -85,6 +86,11 @@ def _step(share: float) -> float:
     if not math.isfinite(share) or share <= 0:
         return 0.0
     return min(1.0, math.ceil(share * LEVELS) / LEVELS)
+
+
+def _guess(share: float, active: bool) -> float:
+    """Simulated share of the top: two digits under an active token, steps of a tenth elsewhere."""
+    return round(min(1.0, max(0.0, float(share))), 2 if active else 1)
 
 
 def segments(
@@ -102,7 +108,7 @@ def segments(
     for i, token in enumerate(tokens):
         act = float(acts[i]) if i < len(acts) else 0.0
         shade = _step(act / max_act) if max_act > 0 else 0.0
-        guess = round(max(0.0, float(simulated[i])) / top, 2) if simulated and i < len(simulated) else None
+        guess = _guess(simulated[i] / top, shade > 0) if simulated and i < len(simulated) else None
         piece = Segment(
             text=visible(token),
             shade=shade,
@@ -110,8 +116,8 @@ def segments(
             simulated=guess,
             peak=i == peak and shade > 0,
         )
-        if out and piece.plain and out[-1].plain:
-            out[-1] = Segment(text=out[-1].text + piece.text)
+        if out and not piece.shade and not out[-1].shade and piece.simulated == out[-1].simulated:
+            out[-1] = Segment(text=out[-1].text + piece.text, simulated=piece.simulated)
         else:
             out.append(piece)
     return out
@@ -123,6 +129,11 @@ def number(value: float | None, digits: int = 3) -> str:
         return ""
     text = f"{value:.1e}" if value != 0 and abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"
     return text.replace("-", "\u2212", 1) if text.startswith("-") else text
+
+
+def sort_key(value: float | None) -> str:
+    """What a table sorts by: six significant digits; "" for a gap."""
+    return "" if value is None else f"{value:.6g}"
 
 
 def percent(value: float) -> str:

@@ -15,7 +15,7 @@ from evals.board import Board, BoardSubject, Cell, Column, build_board, newest
 from evals.latent_page import latent_context
 from evals.matched import matched_l0, pareto
 from evals.page_data import RunInfo, SaeData, load_site_data, run_info
-from evals.page_text import config_text, number, percent, slug, visible
+from evals.page_text import config_text, number, percent, slug, sort_key, visible
 from evals.sae_page import sae_context
 from sae.console import progress
 from sae.manifest import canonical_json, sha256_text
@@ -42,6 +42,7 @@ def environment() -> "jinja2.Environment":
     )
     env.filters["num"] = number
     env.filters["pct"] = percent
+    env.filters["key"] = sort_key
     return env
 
 
@@ -278,7 +279,12 @@ def _run_context(info: RunInfo) -> dict[str, Any]:
         "failures": [visible(f) for f in info.failures],
         "config_text": config_text(info.config),
         "stages": [
-            {"stage": s, "time": _minutes(s.seconds), "share": round(s.seconds / longest, 3) if longest else 0}
+            {
+                "stage": s,
+                "time": _minutes(s.seconds),
+                "share": round(s.seconds / longest, 3) if longest else 0,
+                "note": visible(s.note) + (f" (made earlier in {_minutes(s.work_seconds)})" if s.skipped else ""),
+            }
             for s in info.stages
         ],
     }

@@ -34,7 +34,7 @@
         const sign = next === "ascending" ? 1 : -1;
         for (const body of table.tBodies) {
           if (body.hasAttribute("data-fixed")) continue;
-          const value = (row) => (row.cells[column] && (row.cells[column].dataset.v ?? row.cells[column].textContent)) || "";
+          const value = (row) => (row.cells[column] && (row.cells[column].dataset.v ?? row.cells[column].textContent.trim())) || "";
           const rows = [...body.rows].map((row, i) => ({ row, i, v: value(row) }));
           rows.sort((x, y) => compare(x.v, y.v, button.dataset.kind, sign) || x.i - y.i);
           for (const { row } of rows) body.append(row);

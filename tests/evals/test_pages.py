@@ -3,21 +3,24 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import synthetic_results as synthetic
 from synthetic_results import RELU, TOPK, write_run
 
-from autointerp.records import Explanation
+from autointerp.records import Explanation, LatentScore, ScoreItem, Simulation
+from autointerp.tables import write_jsonl, write_parquet
 from evals import charts, pages
 from evals.board import build_board
 from evals.page_data import LatentData, SaeData, artefacts, load_site_data
 from evals.page_text import LEVELS, segments, slug, visible
 from evals.page_tokens import TokenReader, read_tokenizer
 from evals.results import load_results
-from sae.manifest import writing
+from sae.manifest import Writer, writing
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 NASTY = {
@@ -160,6 +163,9 @@ def test_latent_page_shows_everything_with_failures_as_failures(site: Path) -> N
         "court",
     ):
         assert text in page.words, text
+    chips = {str(a.get("class")) for a in page.named("span") if str(a.get("class")).startswith("verdict")}
+    assert chips == {"verdict right", "verdict wrong", "verdict failed", "verdict neutral"}
+    assert "simulation 0.35" in page.words and "simulation: no" not in page.words
     shaded = [a for a in page.named("span") if str(a.get("class", "")).startswith("t") and a.get("data-v")]
     assert any(a["data-v"] == "3.7" and a["style"] == "--a:1.0" for a in shaded)
     assert any("--s:0.8" in str(a["style"]) and "simulated 0.8" in str(a["title"]) for a in shaded)
@@ -258,7 +264,7 @@ def test_segments_shade_in_steps_and_merge_only_silence() -> None:
     assert [s.text for s in found] == ["ab", "c", "d"]
     assert found[0].plain and found[1].shade == 1.0 and found[1].peak and found[2].shade == 1 / LEVELS
     simulated = segments(["a", "b"], [0.0, 0.0], 4.0, simulated=[0.2, 0.0])
-    assert [s.simulated for s in simulated] == [0.2, 0.0] and not any(s.plain for s in simulated)
+    assert [s.simulated for s in simulated] == [0.2, 0.0] and not simulated[0].plain
     assert segments([], [], 1.0) == [] and segments(["a"], [float("nan")], 1.0)[0].plain
     assert segments(["a"], [1.0], 0.0)[0].plain  # a dead latent has no scale
     assert segments(["a"], [1.0], 1.0, simulated=[4.0])[0].simulated == 1.0  # activation units over their own top
@@ -292,6 +298,59 @@ def test_newest_artefact_last_and_incomplete_ones_ignored(tmp_path: Path) -> Non
     (tmp_path / "scores" / "half").mkdir()
     assert [folder.name for folder, _ in artefacts(tmp_path, "scores")] == ["c", "b", "a"]
     assert load_site_data(tmp_path) == {}
+
+
+def write_artefacts(root: Path, latent: LatentData, *, key: str, made: str) -> None:
+    """exemplars/, explanations/ and scores/ of one latent as the stages of autointerp lay them out."""
+    root.mkdir(exist_ok=True)
+
+    def stage(kind: str, inputs: dict[str, str]) -> AbstractContextManager[Writer]:
+        return writing(root / kind / key, kind=kind, key=key, stage_version=1, config={}, inputs=inputs)
+
+    with stage("exemplars", {}) as out:
+        rows = pd.DataFrame([e.to_dict() for e in latent.exemplars])
+        rows = rows.assign(
+            neighbour=rows["neighbour"].astype("Int64"), stratum_share=rows["stratum_share"].astype("Float64")
+        )
+        rows.to_parquet(out.path / "exemplars.parquet", index=False)
+        failures = [
+            {"latent": latent.latent, "code": "no_hard_negative", "stage": "exemplars", "detail": "decoder_near"}
+        ]
+        pd.DataFrame(failures).to_parquet(out.path / "failures.parquet", index=False)
+        stats = [{"latent": latent.latent, "density": 0.1}, {"latent": 99, "density": 0.0}]
+        pd.DataFrame(stats).to_parquet(out.path / "latents.parquet", index=False)
+        out.counts["sae_id"] = latent.sae_id
+    with stage("explanations", {"exemplars": key}) as out:
+        write_jsonl(out.path / "explanations.jsonl", latent.explanations)
+        (out.path / "output_tokens.json").write_text(json.dumps({"17": [[" judge"], [" cat"]]}), encoding="utf-8")
+    with stage("scores", {"explanations": key, "exemplars": key}) as out:
+        write_parquet(out.path / "scores.parquet", latent.scores, LatentScore)
+        write_parquet(out.path / "items.parquet", latent.items, ScoreItem)
+        write_parquet(out.path / "simulations.parquet", latent.simulations, Simulation)
+        write_jsonl(out.path / "judges.jsonl", synthetic.site_data(1)[TOPK].checks)
+    for kind in ("exemplars", "explanations", "scores"):
+        path = root / kind / key / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["provenance"]["created_at"] = made
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_artefacts_of_the_newest_run_are_read_whole(tmp_path: Path) -> None:
+    latent = synthetic.latent()
+    older = synthetic.latent()
+    older.explanations = older.explanations[:1]
+    write_artefacts(tmp_path, latent, key="aa", made="2026-02-02")
+    write_artefacts(tmp_path, older, key="bb", made="2026-01-01")
+    sae = load_site_data(tmp_path)[TOPK]
+    assert [x.latent for x in sae.latents] == [17, 99]
+    found = sae.latents[0]
+    assert sorted(found.exemplars, key=str) == sorted(latent.exemplars, key=str)
+    assert found.explanations == latent.explanations and found.scores == latent.scores
+    assert found.simulations == latent.simulations and found.items == latent.items
+    assert (found.promoted, found.suppressed) == ((" judge",), (" cat",)) and sae.checks[1].weak
+    assert [f.code for f in found.failures] == ["no_hard_negative"] and sae.latents[1].exemplars == []
+    page = (build(tmp_path, {TOPK: sae}) / "latent" / TOPK / "99.html").read_text(encoding="utf-8")
+    assert "No explanation was made" in page and "There are no windows" in page
 
 
 def test_token_reader_puts_a_split_character_at_its_last_token(tmp_path: Path) -> None:

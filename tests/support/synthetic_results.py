@@ -327,6 +327,11 @@ def latent(number: int = 17, sae_id: str = TOPK) -> LatentData:
             failure=Failure(code="timeout", stage="score"),
         )
     )
+    items.append(
+        ScoreItem(
+            explanation_id="e-list", exemplar_id=silent[0].exemplar_id, scorer="simulation", positive=False, value=0.35
+        )
+    )
     simulations = [
         Simulation(
             explanation_id="e-list",
