@@ -154,13 +154,28 @@ def test_grouped_search_equals_the_sequential_one():
         def last_acts(probes, tokens=tokens, strength=strength):
             return np.array([strength[len(t)] if t == tokens[-len(t) :] else 0.0 for _, t in probes])
 
-        result = build([Pair(tokens, 4.0)], last_acts, pad_id=PAD)
+        result = build([Pair(tokens, 4.0)], last_acts, pad_id=PAD, max_suffix=None)
         first = next((n for n in range(1, length + 1) if strength[n] >= 2.0), None)
         if first is None:
             assert result.n_unreproducible == 1
         else:
             assert result.patterns.patterns[0].ids == tokens[-first:]
             assert result.patterns.patterns[0].value == strength[first]
+
+
+def test_a_longer_suffix_than_allowed_is_unreproducible():
+    tokens = tuple(range(100, 120))
+    asked = []
+
+    def last_acts(probes):
+        asked.extend(len(t) for _, t in probes)
+        return np.array([4.0 if len(t) >= 9 and t == tokens[-len(t) :] else 0.0 for _, t in probes])
+
+    assert build([Pair(tokens, 4.0)], last_acts, pad_id=PAD, max_suffix=8).failure.code == "n2g_unreproducible"
+    assert sorted(asked) == list(range(1, 9))
+    assert len(build([Pair(tokens, 4.0)], last_acts, pad_id=PAD, max_suffix=9).patterns.patterns[0].ids) == 9
+    with pytest.raises(ConfigError, match="max_suffix"):
+        build([Pair(tokens, 4.0)], last_acts, pad_id=PAD, max_suffix=0)
 
 
 def test_order_of_latents_changes_nothing():
