@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autointerp.records import (
-    INTERP_SPLITS,
     Exemplar,
     Explanation,
     Failure,
@@ -20,6 +19,7 @@ from autointerp.records import (
     ScoreItem,
     Simulation,
 )
+from autointerp.tables import read_jsonl, read_parquet
 from evals.board import plain
 from evals.page_tokens import TokenReader, read_tokenizer
 from sae.errors import ArtefactError
@@ -250,18 +250,22 @@ def _input(manifest: Mapping[str, Any], name: str) -> str:
 
 
 def _exemplars(folder: Path) -> dict[int, LatentData]:
-    from autointerp.exemplars import ExemplarTable
+    """The content of ``exemplars/<key>/`` as ``autointerp.exemplars.ExemplarTable`` reads it, which needs torch."""
+    import pandas as pd
 
-    table = ExemplarTable.open(folder)
-    found = {
-        i: LatentData(
-            sae_id=table.sae_id, latent=i, exemplars=[e for s in INTERP_SPLITS for e in table.exemplars(i, s)]
-        )
-        for i in table.latents
-    }
-    for i in table.stats.index:
-        entry = found.setdefault(int(i), LatentData(sae_id=table.sae_id, latent=int(i)))
-        entry.failures = table.failures_of(int(i))
+    sae_id = sae_of(read_manifest(folder))
+    wanted = [int(i) for i in pd.read_parquet(folder / "latents.parquet", columns=["latent"])["latent"]]
+    found = {i: LatentData(sae_id=sae_id, latent=i) for i in wanted}
+    for row in pd.read_parquet(folder / "exemplars.parquet").to_dict("records"):
+        values: dict[str, Any] = {}
+        for name, value in row.items():
+            values[str(name)] = value.tolist() if hasattr(value, "tolist") else None if value is pd.NA else value
+        for name in ("token_ids", "acts"):
+            values[name] = tuple(values[name])
+        found[values["latent"]].exemplars.append(Exemplar(**values))
+    for row in pd.read_parquet(folder / "failures.parquet").to_dict("records"):
+        failure = Failure(code=row["code"], stage=row["stage"], detail=row["detail"])
+        found[int(row["latent"])].failures.append(failure)
     return found
 
 
@@ -269,12 +273,11 @@ def _add_texts(sae: SaeData, latents: dict[int, LatentData], found: Mapping[str,
     """Explanations, scores, verdicts and simulations to the latents that they are about."""
     if "explanations" not in found:
         return
-    from autointerp.pipeline import open_explanations, open_scores
 
     def of(latent: int) -> LatentData:
         return latents.setdefault(latent, LatentData(sae_id=sae.sae_id, latent=latent))
 
-    for explanation in open_explanations(found["explanations"]):
+    for explanation in read_jsonl(found["explanations"] / "explanations.jsonl", Explanation):
         of(explanation.latent).explanations.append(explanation)
     output = found["explanations"] / "output_tokens.json"
     if output.is_file():
@@ -283,16 +286,16 @@ def _add_texts(sae: SaeData, latents: dict[int, LatentData], found: Mapping[str,
             entry.promoted, entry.suppressed = tuple(map(str, promoted)), tuple(map(str, suppressed))
     if "scores" not in found:
         return
-    scored = open_scores(found["scores"])
-    sae.checks = list(scored.checks)
-    for score in scored.scores:
+    scores = found["scores"]
+    sae.checks = read_jsonl(scores / "judges.jsonl", JudgeCheck)
+    for score in read_parquet(scores / "scores.parquet", LatentScore):
         of(score.latent).scores.append(score)
     # A shuffled floor judges another latent's text on these windows: the window says whose page it belongs to.
     owner = {e.exemplar_id: entry for entry in latents.values() for e in entry.exemplars}
-    for item in scored.items:
+    for item in read_parquet(scores / "items.parquet", ScoreItem):
         if item.exemplar_id in owner:
             owner[item.exemplar_id].items.append(item)
-    for simulation in scored.simulations:
+    for simulation in read_parquet(scores / "simulations.parquet", Simulation):
         if simulation.exemplar_id in owner:
             owner[simulation.exemplar_id].simulations.append(simulation)
 

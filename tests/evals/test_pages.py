@@ -12,6 +12,8 @@ import pytest
 import synthetic_results as synthetic
 from synthetic_results import RELU, TOPK, write_run
 
+from autointerp.exemplars import ExemplarTable
+from autointerp.pipeline import open_explanations, open_scores
 from autointerp.records import Explanation, LatentScore, ScoreItem, Simulation
 from autointerp.tables import write_jsonl, write_parquet
 from evals import charts, pages
@@ -344,7 +346,13 @@ def test_artefacts_of_the_newest_run_are_read_whole(tmp_path: Path) -> None:
     sae = load_site_data(tmp_path)[TOPK]
     assert [x.latent for x in sae.latents] == [17, 99]
     found = sae.latents[0]
-    assert sorted(found.exemplars, key=str) == sorted(latent.exemplars, key=str)
+    table = ExemplarTable.open(tmp_path / "exemplars" / "aa")  # the reader of the floor below agrees
+    assert (
+        found.exemplars == [e for split in ("explain", "score") for e in table.exemplars(17, split)] == latent.exemplars
+    )
+    scored = open_scores(tmp_path / "scores" / "aa")
+    assert (found.scores, found.items, found.simulations) == (scored.scores, scored.items, scored.simulations)
+    assert found.explanations == open_explanations(tmp_path / "explanations" / "aa") and sae.checks == scored.checks
     assert found.explanations == latent.explanations and found.scores == latent.scores
     assert found.simulations == latent.simulations and found.items == latent.items
     assert (found.promoted, found.suppressed) == ((" judge",), (" cat",)) and sae.checks[1].weak
