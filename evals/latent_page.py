@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autointerp.records import EXPLAIN, Exemplar, Explanation, Failure, JudgeCheck, LatentScore, ScoreItem, Simulation
+from autointerp.records import Exemplar, Explanation, Failure, JudgeCheck, LatentScore, ScoreItem, Simulation
 from evals import charts
 from evals.board import Cell, plain, weak_reason
 from evals.page_data import LatentData, SaeData
@@ -357,6 +357,3 @@ def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
         "charts": _charts(latent),
         "token_lists": [(t, [visible(x) for x in tokens]) for t, tokens in lists if tokens],
     }
-
-
-__all__ = ["EXPLAIN", "ScoreColumn", "best_scores", "latent_context", "score_columns", "selected"]
