@@ -14,6 +14,7 @@ from sae import console
 from sae.errors import ConfigError, SaescopeError, did_you_mean
 
 logger = logging.getLogger(__name__)
+LISTED_METRICS = 8
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -46,7 +47,9 @@ def list_everything() -> None:
 
     rows = []
     for evaluation in select(()):
-        metrics = ", ".join(m.name for m in evaluation.metrics)
+        names = [m.name for m in evaluation.metrics]
+        metrics = ", ".join(names[:LISTED_METRICS]) + (", ..." if len(names) > LISTED_METRICS else "")
+        metrics = f"{len(names)}: {metrics}"
         needs = ", ".join(sorted(evaluation.needs))
         rows.append((evaluation.name, evaluation.version, evaluation.title, metrics, needs))
     console.table("Evaluations (evals/suite)", ("name", "version", "title", "metrics", "needs"), rows)

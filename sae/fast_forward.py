@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 class FastBlock:
     """Weights of one block, merged. Copies: 3 D^2 + 2 M D values or less."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
         channels = attention.head_dim
         order = torch.arange(channels).view(2, channels // 2).T.reshape(-1)  # halves -> interleaved pairs
@@ -62,7 +62,7 @@ class FastBlock:
 class FastForward:
     """Residual stream after any of the first ``n_blocks`` blocks."""
 
-    def __init__(self, decoder: nn.Module, blocks: Sequence[nn.Module], n_blocks: int) -> None:
+    def __init__(self, decoder: Any, blocks: Sequence[nn.Module], n_blocks: int) -> None:
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
         self.blocks = [FastBlock(block) for block in list(blocks)[:n_blocks]]
 

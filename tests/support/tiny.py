@@ -50,3 +50,32 @@ def write_texts(path: Path, *, documents: int = 400, seed: int = 0) -> Path:
             text = f"Note {i}: " + " ".join(words) + (f" def f{i}(x): return {i} * x" if i % 5 == 0 else ".")
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+def save_tiny_embedder(folder: Path, *, seed: int = 0) -> Path:
+    """A random BERT with a byte tokenizer: an embedding judge without skill, for the mechanics."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=512, pad_token_id=2,
+    )
+    BertModel(config).eval().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_task(path: Path, *, rows: int = 480, seed: int = 0) -> Path:
+    """A labelled CSV: is the text about numbers? Columns prompt, target."""
+    import csv
+
+    rng = np.random.default_rng(seed)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "target"])
+        for i in range(rows):
+            words = [WORDS[j] for j in rng.integers(len(WORDS), size=8)]
+            tail = f"{rng.integers(1e6)} {rng.integers(1e6)}" if i % 2 else f"{words[0]}{words[1]} {words[2]}"
+            writer.writerow([" ".join(words) + f" {i // 2} " + tail, i % 2])
+    return path
