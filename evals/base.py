@@ -21,19 +21,23 @@ if TYPE_CHECKING:
 
 PRESETS = ("quick", "paper", "tiny")
 
-NEEDS = frozenset({
-    "lm",  # the subject language model
-    "test",  # stores["test"]: float32 activations of the split test
-    "interp",  # stores explain, calibrate, score and the subject's latent cache
-    "probes",  # activations at the last token of labelled prompts
-    "scores",  # finished autointerp scores of the subject
-})
+NEEDS = frozenset(
+    {
+        "lm",  # the subject language model
+        "test",  # stores["test"]: float32 activations of the split test
+        "interp",  # stores explain, calibrate, score and the subject's latent cache
+        "probes",  # activations at the last token of labelled prompts
+        "scores",  # finished autointerp scores of the subject
+    }
+)
 
-PROVIDES = frozenset({
-    "reconstruct",  # x_ND -> x_hat_ND
-    "sparse",  # x_ND -> SparseLatents, decoder rows: an SAE or something with latents and directions
-    "features",  # x_ND -> h_NF real-valued features (pre-activations for an SAE), by blocks of columns
-})
+PROVIDES = frozenset(
+    {
+        "reconstruct",  # x_ND -> x_hat_ND
+        "sparse",  # x_ND -> SparseLatents, decoder rows: an SAE or something with latents and directions
+        "features",  # x_ND -> h_NF real-valued features (pre-activations for an SAE), by blocks of columns
+    }
+)
 
 
 class Contributions(NamedTuple):
@@ -126,10 +130,17 @@ def subject_info(sae: "SAE", sha256: str, *, kind: str = "sae") -> SubjectInfo:
     """Row fields of an SAE, from its own cfg.json."""
     cfg, meta = sae.cfg, sae.cfg.meta
     return SubjectInfo(
-        sae_id=cfg.sae_id, kind=kind,  # type: ignore[arg-type]
-        lm=meta.lm if meta else "unknown", lm_revision=meta.lm_revision if meta else "unknown",
-        hookpoint=meta.hookpoint if meta else "unknown", architecture=cfg.architecture,
-        d_in=cfg.d_in, d_sae=cfg.d_sae, k=cfg.k, train_tokens=cfg.train_tokens, sae_sha256=sha256,
+        sae_id=cfg.sae_id,
+        kind=kind,  # type: ignore[arg-type]
+        lm=meta.lm if meta else "unknown",
+        lm_revision=meta.lm_revision if meta else "unknown",
+        hookpoint=meta.hookpoint if meta else "unknown",
+        architecture=cfg.architecture,
+        d_in=cfg.d_in,
+        d_sae=cfg.d_sae,
+        k=cfg.k,
+        train_tokens=cfg.train_tokens,
+        sae_sha256=sha256,
     )
 
 
@@ -153,7 +164,7 @@ class EvalContext:
     scores: "Path | None" = None
     """Folder of finished scores (autointerp.pipeline.open_scores)."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """Results that do not depend on the subject (clean losses, dense probes, ...): key -> value, kept for the whole run."""
+    """Results that do not depend on the subject (clean losses, dense probes, ...), kept for the whole run."""
 
     @property
     def lm(self) -> "LanguageModel":
@@ -162,7 +173,7 @@ class EvalContext:
         return self.load_lm()
 
     def memo(self, key: str, build: Callable[[], Any]) -> Any:
-        """``build()`` once per run, whatever the number of subjects. The key must name all that the result depends on."""
+        """``build()`` once per run, for all subjects. The key must name all that the result depends on."""
         if key not in self.shared:
             self.shared[key] = build()
         return self.shared[key]
@@ -212,7 +223,17 @@ class RowMaker:
 
     def add(self, metric: str, estimate: Estimate, *, slice: str = "", split: str = "") -> None:
         """Append one row; KeyError for an undeclared metric."""
-        self.rows.append(make_row(
-            self._ctx.subject.info, self._eval.name, self._eval.version, self._declared[metric], estimate,
-            seed=self._ctx.seed, run_key=self._ctx.run_key, preset=self._ctx.preset, slice=slice, split=split,
-        ))
+        self.rows.append(
+            make_row(
+                self._ctx.subject.info,
+                self._eval.name,
+                self._eval.version,
+                self._declared[metric],
+                estimate,
+                seed=self._ctx.seed,
+                run_key=self._ctx.run_key,
+                preset=self._ctx.preset,
+                slice=slice,
+                split=split,
+            )
+        )

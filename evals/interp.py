@@ -44,9 +44,7 @@ class Interpretation:
             options = {"model": i.llm, "device": self.cfg.device} if i.llm else {"lm": self.stages.lm_float32()}
         elif i.base_url or i.llm:
             raise ConfigError(f"--interp.client {i.client} takes no --interp.llm or --interp.base-url")
-        return open_client(
-            i.client, replies=self.cfg.root / "replies.sqlite", max_tokens=i.max_llm_tokens, **options
-        )
+        return open_client(i.client, replies=self.cfg.root / "replies.sqlite", max_tokens=i.max_llm_tokens, **options)
 
     @cached_property
     def embedder(self) -> EmbedderLike | None:
@@ -73,8 +71,14 @@ class Interpretation:
         hookpoint = self.stages.hookpoint
         last_acts = make_last_acts(lm, sae, hookpoint) if sae is not None else (lambda probes: torch.empty(0).numpy())
         return ExplainContext(
-            seed=self.cfg.seed, client=self.client, embedder=self.embedder, lm=lm, sae=sae, tokenizer=lm.tokenizer,
-            hookpoint=hookpoint, last_acts=last_acts,
+            seed=self.cfg.seed,
+            client=self.client,
+            embedder=self.embedder,
+            lm=lm,
+            sae=sae,
+            tokenizer=lm.tokenizer,
+            hookpoint=hookpoint,
+            last_acts=last_acts,
         )
 
     @cached_property
@@ -88,7 +92,11 @@ class Interpretation:
                     continue
                 try:
                     folders[sae.sae_id] = pipeline.explain(
-                        self.cfg.root, table, self.explainers, self.explain_context(sae), force=self.cfg.force,
+                        self.cfg.root,
+                        table,
+                        self.explainers,
+                        self.explain_context(sae),
+                        force=self.cfg.force,
                         output_tokens=output_tokens(self.stages.lm(), sae, table),
                     )
                 except (ConfigError, BudgetExceeded):

@@ -86,9 +86,7 @@ def _mean_l0(stages: Pipeline, subject: SAESubject) -> float:
     return float((codes.values_NK > 0).sum(dim=1).float().mean())
 
 
-def _measurement(
-    cfg: RunConfig, stages: Pipeline, interpretation: Interpretation | None, log: RunLog
-) -> Measurement:
+def _measurement(cfg: RunConfig, stages: Pipeline, interpretation: Interpretation | None, log: RunLog) -> Measurement:
     made: dict[str, Any] = {}
 
     def stores() -> dict[str, Any]:
@@ -99,17 +97,27 @@ def _measurement(
         if "probes" not in made:
             with log.stage("probe prompts") as stage:
                 made["probes"] = build_probes(
-                    cfg.root, stages.lm(), stages.hookpoint, ProbeConfig.of_preset(cfg.preset, own=cfg.task_csv),
+                    cfg.root,
+                    stages.lm(),
+                    stages.hookpoint,
+                    ProbeConfig.of_preset(cfg.preset, own=cfg.task_csv),
                     force=cfg.force,
                 )
                 stage.finish([made["probes"].folder])
         return made["probes"]
 
     return Measurement(
-        root=cfg.root, preset=cfg.preset, seed=cfg.seed, hookpoint=stages.hookpoint, log=log,
-        parts={"stores": stores, "probes": probes}, latents=lambda sae_id: stages.latents.get(sae_id),
+        root=cfg.root,
+        preset=cfg.preset,
+        seed=cfg.seed,
+        hookpoint=stages.hookpoint,
+        log=log,
+        parts={"stores": stores, "probes": probes},
+        latents=lambda sae_id: stages.latents.get(sae_id),
         scores=lambda sae_id: interpretation.scores.get(sae_id) if interpretation else None,
-        load_lm=stages.lm_float32, device=cfg.device, force=cfg.force,
+        load_lm=stages.lm_float32,
+        device=cfg.device,
+        force=cfg.force,
     )
 
 
@@ -134,7 +142,10 @@ def summarise(log: RunLog, paths: Sequence[Path]) -> None:
     console.table("Where the time went", columns, rows, right=(2, 3, 4))
     leaderboard.print_board(log.root)
     if log.failures:
-        console.table("Failed tasks (run the same command again to retry them)", ("subject", "task", "error"),
-                      [(f.subject, f.task, f.error) for f in log.failures])
+        console.table(
+            "Failed tasks (run the same command again to retry them)",
+            ("subject", "task", "error"),
+            [(f.subject, f.task, f.error) for f in log.failures],
+        )
     for path in paths:
         console.say(str(path.resolve()))

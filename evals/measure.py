@@ -47,7 +47,11 @@ class Measurement:
         needs, sae_id = evaluation.needs, subject.info.sae_id
         has_latents = "sparse" in subject.provides
         return EvalContext(
-            root=self.root, subject=subject, preset=self.preset, seed=self.seed, hookpoint=self.hookpoint,
+            root=self.root,
+            subject=subject,
+            preset=self.preset,
+            seed=self.seed,
+            hookpoint=self.hookpoint,
             stores=self.parts["stores"]() if needs & {"test", "interp"} else {},
             load_lm=self.load_lm if "lm" in needs else None,
             latents=self.latents(sae_id) if "interp" in needs and has_latents else None,
@@ -66,7 +70,9 @@ class Measurement:
         if is_complete(folder) and not self.force:
             return folder
         ctx.run_key = key
-        with writing(folder, kind="rows", key=key, stage_version=evaluation.version, config=config, inputs=inputs) as out:
+        with writing(
+            folder, kind="rows", key=key, stage_version=evaluation.version, config=config, inputs=inputs
+        ) as out:
             result = evaluation.run(ctx)
             write_rows(out.path, result.rows, evaluation.metrics)
             if result.details is not None:
@@ -102,4 +108,3 @@ class Measurement:
             for row in read_rows(folder):
                 total[row.status] = total.get(row.status, 0) + 1
         return dict(sorted(total.items()))
-

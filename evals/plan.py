@@ -73,7 +73,9 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
         n = cfg.tokens.split_tokens(split)
         width = 4 if split == "test" else 2
         each = lower32_s if split == "test" else lower_s
-        lines.append(PlanLine(f"activations: {split}", n * each, f"{n:,} tokens to {hookpoint}", n * d_in * width / 1e9))
+        lines.append(
+            PlanLine(f"activations: {split}", n * each, f"{n:,} tokens to {hookpoint}", n * d_in * width / 1e9)
+        )
     n_saes = len(cfg.sae) or len(cfg.architectures)
     if not cfg.sae:
         lines.append(_train_line(cfg, d_in, speed32))
@@ -97,7 +99,14 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     i, e = cfg.interp, cfg.exemplars
     held = cfg.tokens.explain_tokens + cfg.tokens.calibrate_tokens + cfg.tokens.score_tokens
     k = cfg.train.k or 64
-    lines = [PlanLine("latents", n_subjects * held / 15_000, f"{n_subjects} SAEs x {held:,} tokens", n_subjects * held * k * 6 / 1e9)]
+    lines = [
+        PlanLine(
+            "latents",
+            n_subjects * held / 15_000,
+            f"{n_subjects} SAEs x {held:,} tokens",
+            n_subjects * held * k * 6 / 1e9,
+        )
+    ]
     n2g_tokens = i.latents * e.explain_random * 40 if "n2g" in i.explainers else 0
     windows = e.score_positive + e.score_silent + 2 * e.score_hard + e.calibrate_positive + e.calibrate_silent
     llm_tokens = 0
@@ -108,14 +117,19 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     prompted = [s for s in (*i.explainers, *i.scorers) if s in ("highlighted", "detection", "fuzzing")]
     llm_tokens += i.latents * len(prompted) * 4_000
     local = i.client == "transformers"
-    lines.append(PlanLine(
-        "explanations", n_subjects * (n2g_tokens * lower_s + (i.latents * 6 * 60 * whole_s if local else 0)),
-        f"{i.latents} latents of {n_subjects} SAEs by {', '.join(i.explainers)}",
-    ))
+    lines.append(
+        PlanLine(
+            "explanations",
+            n_subjects * (n2g_tokens * lower_s + (i.latents * 6 * 60 * whole_s if local else 0)),
+            f"{i.latents} latents of {n_subjects} SAEs by {', '.join(i.explainers)}",
+        )
+    )
     seconds = n_subjects * i.latents * windows / 120
     if local:
         seconds += n_subjects * i.latents * 2 * 30 * 45 * whole_s * ("surprisal" in i.scorers)
-    lines.append(PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0, n_subjects * llm_tokens))
+    lines.append(
+        PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0, n_subjects * llm_tokens)
+    )
     return lines
 
 
@@ -143,10 +157,34 @@ def print_plan(cfg: RunConfig) -> None:
     hookpoint = cfg.hookpoint or lm.default_hookpoint()
     d_in = lm.check_hookpoint(hookpoint)
     lines = make_plan(cfg, lm, hookpoint, d_in)
-    rows = [(p.stage, f"{p.seconds / 60:.1f}", f"{p.disk_gb:.2f}" if p.disk_gb else "", f"{p.llm_tokens:,}" if p.llm_tokens else "", p.detail)
-            for p in lines]
+    rows = [
+        (
+            p.stage,
+            f"{p.seconds / 60:.1f}",
+            f"{p.disk_gb:.2f}" if p.disk_gb else "",
+            f"{p.llm_tokens:,}" if p.llm_tokens else "",
+            p.detail,
+        )
+        for p in lines
+    ]
     disk = sum(p.disk_gb for p in lines)
-    rows.append(("total", f"{sum(p.seconds for p in lines) / 60:.1f}", f"{disk:.2f}", f"{sum(p.llm_tokens for p in lines):,}", ""))
-    console.table(f"Plan: preset {cfg.preset}, {lm.name} at {hookpoint}", ("stage", "minutes", "disk GB", "LLM tokens", "detail"), rows, right=(1, 2, 3))
-    console.say(f"memory: about {memory_gb(cfg, lm, d_in):.1f} GB; disk: {disk:.2f} GB of {free_disk_gb(Path(cfg.root)):.1f} GB free")
+    rows.append(
+        (
+            "total",
+            f"{sum(p.seconds for p in lines) / 60:.1f}",
+            f"{disk:.2f}",
+            f"{sum(p.llm_tokens for p in lines):,}",
+            "",
+        )
+    )
+    console.table(
+        f"Plan: preset {cfg.preset}, {lm.name} at {hookpoint}",
+        ("stage", "minutes", "disk GB", "LLM tokens", "detail"),
+        rows,
+        right=(1, 2, 3),
+    )
+    console.say(
+        f"memory: about {memory_gb(cfg, lm, d_in):.1f} GB; "
+        f"disk: {disk:.2f} GB of {free_disk_gb(Path(cfg.root)):.1f} GB free"
+    )
     console.say("Stages that are complete under the same configuration are reused; nothing was run.")

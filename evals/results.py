@@ -1,6 +1,7 @@
 """Result rows: one tidy row per (SAE, evaluation, metric, slice, seed), strict to write, easy to read. Torch-free.
 
-Rows carry no provenance, so that two runs write the same bytes; it lies in the folder's manifest and is joined on reading.
+Rows carry no provenance, so that two runs write the same bytes; it lies in the folder's manifest and is joined when
+they are read.
 """
 
 import json
@@ -112,8 +113,17 @@ class Row:
 
 
 def make_row(
-    info: SubjectInfo, eval_name: str, version: int, metric: Metric, estimate: Estimate,
-    *, seed: int, run_key: str, preset: str, slice: str = "", split: str = "",
+    info: SubjectInfo,
+    eval_name: str,
+    version: int,
+    metric: Metric,
+    estimate: Estimate,
+    *,
+    seed: int,
+    run_key: str,
+    preset: str,
+    slice: str = "",
+    split: str = "",
 ) -> Row:
     """Check an estimate against its declaration and make the row.
 
@@ -125,14 +135,30 @@ def make_row(
     if any(not math.isfinite(x) for x in numbers):
         e = Estimate.undefined("non_finite", n=e.n, n_failed=e.n_failed)
     if e.value is not None and not metric.low - 1e-9 <= e.value <= metric.high + 1e-9:
-        raise ConfigError(f"{eval_name}.{metric.name} = {e.value} is outside its declared range [{metric.low}, {metric.high}]")
+        raise ConfigError(
+            f"{eval_name}.{metric.name} = {e.value} is outside its declared range [{metric.low}, {metric.high}]"
+        )
     if e.value is None and not e.failure:
         raise ConfigError(f"{eval_name}.{metric.name}: a missing value needs a failure code")
     status: Status = "ok" if e.value is not None else "failed" if e.failure == "internal" else "undefined"
     return Row(
-        eval=eval_name, eval_version=version, metric=metric.name, slice=slice, split=split, seed=seed, run_key=run_key,
-        value=e.value, status=status, failure=e.failure, ci_low=e.ci_low, ci_high=e.ci_high, stderr=e.stderr,
-        n=e.n, n_failed=e.n_failed, preset=preset, **asdict(info),
+        eval=eval_name,
+        eval_version=version,
+        metric=metric.name,
+        slice=slice,
+        split=split,
+        seed=seed,
+        run_key=run_key,
+        value=e.value,
+        status=status,
+        failure=e.failure,
+        ci_low=e.ci_low,
+        ci_high=e.ci_high,
+        stderr=e.stderr,
+        n=e.n,
+        n_failed=e.n_failed,
+        preset=preset,
+        **asdict(info),
     )
 
 
@@ -169,7 +195,18 @@ def row_dir(root: Path, sae_id: str, eval_name: str, key: str) -> Path:
     return Path(root) / "rows" / sae_id / eval_name / key
 
 
-PROVENANCE_COLUMNS = ("code_sha", "dirty", "saescope", "torch", "transformers", "vllm", "created_at", "device", "dtype", "llm")
+PROVENANCE_COLUMNS = (
+    "code_sha",
+    "dirty",
+    "saescope",
+    "torch",
+    "transformers",
+    "vllm",
+    "created_at",
+    "device",
+    "dtype",
+    "llm",
+)
 
 
 def load_results(root: Path) -> Any:

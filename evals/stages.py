@@ -76,14 +76,18 @@ class Pipeline:
     def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
         lm = self.lm()
         if sae.d_in != width:
-            raise ConfigError(f"{sae.sae_id} reads {sae.d_in} channels, but {hookpoint} of {lm.name} has {width}; "
-                              "give the model and hookpoint that it was trained on (--model, --hookpoint)")
+            raise ConfigError(
+                f"{sae.sae_id} reads {sae.d_in} channels, but {hookpoint} of {lm.name} has {width}; "
+                "give the model and hookpoint that it was trained on (--model, --hookpoint)"
+            )
         meta = sae.cfg.meta
         if meta is not None and meta.hookpoint != hookpoint:
             raise ConfigError(f"{sae.sae_id} was trained at {meta.hookpoint}, the run measures {hookpoint}")
         if meta is not None and meta.lm_revision != lm.revision:
-            raise ConfigError(f"{sae.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), the run loads {lm.name} "
-                              f"({lm.revision[:12]}); give the right --model")
+            raise ConfigError(
+                f"{sae.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), the run loads {lm.name} "
+                f"({lm.revision[:12]}); give the right --model"
+            )
 
     # -- tokens and activations ---------------------------------------------------------------------------------
     @cached_property
@@ -91,7 +95,7 @@ class Pipeline:
         with self.log.stage("tokens") as stage:
             lm = self.lm()
             sets = build_tokens(self.root, self.cfg.tokens_config(), lm.name, lm.tokenizer, force=self.cfg.force)
-            stage.finish((s.folder for s in sets.values()))
+            stage.finish(s.folder for s in sets.values())
             stage.note = ", ".join(f"{name} {s.n_tokens:,}" for name, s in sets.items())
             return sets
 
@@ -112,8 +116,14 @@ class Pipeline:
         hookpoint, median = self.hookpoint, self.norm_median(split)
         with self.log.stage(f"activations: {split}") as stage:
             store = capture_activations(
-                self.root, lm, tokens, hookpoint, store_dtype="float32" if exact else "bfloat16",
-                filter_cfg=self.cfg.filter, norm_median=median, force=self.cfg.force,
+                self.root,
+                lm,
+                tokens,
+                hookpoint,
+                store_dtype="float32" if exact else "bfloat16",
+                filter_cfg=self.cfg.filter,
+                norm_median=median,
+                force=self.cfg.force,
             )
             stage.finish([store.folder])
             rate = store.n_tokens / max(stage.work_seconds, 1e-9)
@@ -168,14 +178,22 @@ class Pipeline:
     def _meta(self, store: ActivationStore) -> SubjectMeta:
         lm, tokens = self.lm(), store.tokens
         return SubjectMeta(
-            lm=lm.name, lm_revision=lm.revision, hookpoint=self.hookpoint, lm_dtype=dtype_name(lm), lm_slug=lm.slug,
-            context_length_tokens=tokens.L, tokens_key=tokens.key, activations_key=store.key,
+            lm=lm.name,
+            lm_revision=lm.revision,
+            hookpoint=self.hookpoint,
+            lm_dtype=dtype_name(lm),
+            lm_slug=lm.slug,
+            context_length_tokens=tokens.L,
+            tokens_key=tokens.key,
+            activations_key=store.key,
             text_sources=tuple(sorted(set(tokens.sources))),
             token_filter={
                 "drop_positions": list(self.cfg.filter.drop_positions),
                 "drop_token_ids": list(drop_ids(lm.tokenizer)) if self.cfg.filter.drop_special else [],
-                "norm_multiple": self.cfg.filter.norm_multiple, "norm_median": store.norm_median,
-                "n_seen": store.n_tokens, "n_dropped": dict(store.n_dropped),
+                "norm_multiple": self.cfg.filter.norm_multiple,
+                "norm_median": store.norm_median,
+                "n_seen": store.n_tokens,
+                "n_dropped": dict(store.n_dropped),
             },
         )
 
@@ -197,8 +215,14 @@ class Pipeline:
     def subjects(self) -> list[SAESubject]:
         random_id = self.random_sae.sae_id
         return [
-            SAESubject(sae, subject_info(sae, sha256_file(self.folders[sae.sae_id] / "sae.safetensors"),
-                                         kind="baseline" if sae.sae_id == random_id else "sae"))
+            SAESubject(
+                sae,
+                subject_info(
+                    sae,
+                    sha256_file(self.folders[sae.sae_id] / "sae.safetensors"),
+                    kind="baseline" if sae.sae_id == random_id else "sae",
+                ),
+            )
             for sae in self.saes
         ]
 
@@ -208,7 +232,7 @@ class Pipeline:
         stores = {split: self.store(split) for split in INTERP_SPLITS}
         with self.log.stage("latents") as stage:
             caches = build_latents_many(self.root, self.saes, stores, force=self.cfg.force)
-            stage.finish((cache.folder for cache in caches))
+            stage.finish(cache.folder for cache in caches)
             return {sae.sae_id: cache for sae, cache in zip(self.saes, caches, strict=True)}
 
     @cached_property
@@ -222,10 +246,13 @@ class Pipeline:
                     sample = sample_latents(cache, self.cfg.interp.latents, self.cfg.seed, cfg)
                     tables[sae_id] = build_exemplars(self.root, cache, sample.latents, cfg, force=self.cfg.force)
                     self.log.notes.setdefault("latents", {})[sae_id] = {
-                        "alive": sample.alive, "eligible": sample.eligible, "explained": len(sample.latents)}
+                        "alive": sample.alive,
+                        "eligible": sample.eligible,
+                        "explained": len(sample.latents),
+                    }
                 except Exception as error:  # one subject must not stop the others
                     self.log.fail(sae_id, "exemplars", error)
-            stage.finish((t.folder for t in tables.values()))
+            stage.finish(t.folder for t in tables.values())
         return tables
 
 
@@ -247,4 +274,10 @@ def free_disk_gb(root: Path) -> float:
 
 
 def lm_description(lm: LanguageModel) -> dict[str, Any]:
-    return {"name": lm.name, "revision": lm.revision, "d_model": lm.d_model, "layers": lm.n_layers, "dtype": dtype_name(lm)}
+    return {
+        "name": lm.name,
+        "revision": lm.revision,
+        "d_model": lm.d_model,
+        "layers": lm.n_layers,
+        "dtype": dtype_name(lm),
+    }

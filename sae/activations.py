@@ -134,20 +134,34 @@ def capture_activations(
     """
     filter_cfg = filter_cfg or FilterConfig()
     config = {
-        "hookpoint": hookpoint, "store_dtype": store_dtype, "lm": lm.name, "lm_revision": lm.revision,
-        "lm_dtype": str(lm.dtype).removeprefix("torch."), "filter": to_dict(filter_cfg), "norm_median": norm_median,
+        "hookpoint": hookpoint,
+        "store_dtype": store_dtype,
+        "lm": lm.name,
+        "lm_revision": lm.revision,
+        "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        "filter": to_dict(filter_cfg),
+        "norm_median": norm_median,
     }
     key = key_of("activations", ACTIVATIONS_VERSION, config, {"tokens": tokens.key})
     folder = artefact_dir(root, "activations", key)
     if force or not is_complete(folder):
-        with writing(folder, kind="activations", key=key, stage_version=ACTIVATIONS_VERSION, config=config,
-                     inputs={"tokens": tokens.key}) as out:
+        with writing(
+            folder,
+            kind="activations",
+            key=key,
+            stage_version=ACTIVATIONS_VERSION,
+            config=config,
+            inputs={"tokens": tokens.key},
+        ) as out:
             norms = _run(lm, tokens, hookpoint, store_dtype, out.path / "acts_ND.bin", batch_rows)
             codes, median = filter_codes(tokens, norms, drop_ids(lm.tokenizer), filter_cfg, norm_median)
             np.save(out.path / "filter.npy", codes)
             out.counts.update(
-                n_tokens=len(codes), n_kept=int((codes == KEPT).sum()), d_in=lm.check_hookpoint(hookpoint),
-                norm_median=median, n_dropped={name: int((codes == c).sum()) for c, name in REASONS.items()},
+                n_tokens=len(codes),
+                n_kept=int((codes == KEPT).sum()),
+                d_in=lm.check_hookpoint(hookpoint),
+                norm_median=median,
+                n_dropped={name: int((codes == c).sum()) for c, name in REASONS.items()},
             )
     return ActivationStore.open(folder, tokens)
 
@@ -166,8 +180,10 @@ def _run(
             begin = start * tokens.L
             norms[begin : begin + len(acts)] = acts.norm(dim=1).cpu().numpy()
             if not np.isfinite(norms[begin : begin + len(acts)]).all():
-                raise DataError(f"{lm.name} gives values that are not finite at {hookpoint} in row {start} or the next "
-                                f"{batch_rows - 1}; try --model in float32")
+                raise DataError(
+                    f"{lm.name} gives values that are not finite at {hookpoint} in row {start} or the next "
+                    f"{batch_rows - 1}; try --model in float32"
+                )
             stored = acts.to(dtype).contiguous().cpu()
             file.write(stored.view(torch.uint8).numpy().tobytes())
             bar.advance(ids.numel())

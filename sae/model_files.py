@@ -1,7 +1,6 @@
 """Where a language model's files are, and what identifies them: the embedded default, a folder, or a hub id.
 
-The only module beside ``language_model``, ``upper`` and ``tokens`` that touches transformers; ``trust_remote_code`` is never
-set. A GGUF file is converted once into a plain Hugging Face folder below the cache (DATA 2).
+``trust_remote_code`` is never set. A GGUF file is converted once into a plain Hugging Face folder below the cache (DATA 2).
 """
 
 import contextlib
@@ -61,7 +60,7 @@ class ModelFiles:
         missing = sorted(info["missing_keys"])
         if missing:
             raise ConfigError(
-                f"{self.source} lacks {len(missing)} weights that {type(model).__name__} needs ({', '.join(missing[:3])}, …); "
+                f"{self.source} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}, …); "
                 "expected the complete files of a causal language model"
             )
         with _quiet(), _explained(self.source, "tokenizer"):
@@ -84,9 +83,13 @@ def resolve(ref: str, revision: str | None = None) -> ModelFiles:
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
-        raise ConfigError(f"the model {ref!r} is a file; expected its folder (config.json, *.safetensors, tokenizer.json)")
+        raise ConfigError(
+            f"the model {ref!r} is a file; expected its folder (config.json, *.safetensors, tokenizer.json)"
+        )
     if ref.startswith((".", "~", os.sep)) or ref.count("/") > 1 or not ref:
-        raise ConfigError(f"the model folder {ref!r} does not exist; expected 'default', a folder or a hub id such as 'org/name'")
+        raise ConfigError(
+            f"the model folder {ref!r} does not exist; expected 'default', a folder or a hub id such as 'org/name'"
+        )
     return _from_hub(ref, revision)
 
 
@@ -126,7 +129,7 @@ def _from_hub(ref: str, revision: str | None) -> ModelFiles:
         cached = snapshot_download(ref, revision=revision, local_files_only=True)
     except Exception as error:
         raise ConfigError(
-            f"the model {ref!r} is no folder here, is not in the local hub cache, and the hub did not give it ({reason}); "
+            f"the model {ref!r} is no folder, is not in the local hub cache, and the hub did not give it ({reason}); "
             "expected 'default', a model folder, or a hub id that can be reached"
         ) from error
     commit = Path(cached).name
@@ -235,7 +238,9 @@ def _convert_model(path: Path, target: Path) -> None:
     unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     absent = [k for k in unexpected.missing_keys if not (config.tie_word_embeddings and k == "lm_head.weight")]
     if absent or unexpected.unexpected_keys:
-        raise DataError(f"{path} is no complete llama model: missing {absent[:3]}, unknown {unexpected.unexpected_keys[:3]}")
+        raise DataError(
+            f"{path} is no complete llama model: missing {absent[:3]}, unknown {unexpected.unexpected_keys[:3]}"
+        )
     model.tie_weights()
     with _quiet():
         model.save_pretrained(target)
@@ -245,4 +250,6 @@ def _convert_tokenizer(path: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     with _quiet(), _explained(str(path), "tokenizer"):
-        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True).save_pretrained(target)
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True).save_pretrained(
+            target
+        )

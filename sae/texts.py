@@ -16,8 +16,10 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 LONG_TXT_CHARACTERS = 20_000
 """A longer .txt file is cut at blank lines into documents of about this length."""
-_HF = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?:(?P<split>[\w\[\]%-]+)"
-                 r"(?::(?P<column>\w+))?(?:@(?P<revision>[\w.-]+))?")
+_HF = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?:(?P<split>[\w\[\]%-]+)"
+    r"(?::(?P<column>\w+))?(?:@(?P<revision>[\w.-]+))?"
+)
 
 
 class Document(NamedTuple):
@@ -56,8 +58,10 @@ def text_files(source: str) -> list[Path]:
             raise ConfigError(f"the folder {path} holds no {', '.join(SUFFIXES)} file (plain, .gz or .zst)")
         return files
     if not path.is_file():
-        raise ConfigError(f"--texts {source!r}: there is no such file or folder; give a path, `default`, or "
-                          "hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]")
+        raise ConfigError(
+            f"--texts {source!r}: there is no such file or folder; give a path, `default`, or "
+            "hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]"
+        )
     if _kind(path) is None:
         raise ConfigError(f"{path}: cannot tell the kind of text; expected {', '.join(SUFFIXES)} (plain, .gz or .zst)")
     return [path]
@@ -97,15 +101,20 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
     try:
         return raw.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}; "
-                        "convert it first, e.g. with iconv -f LATIN1 -t UTF-8") from None
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}; "
+            "convert it first, e.g. with iconv -f LATIN1 -t UTF-8"
+        ) from None
 
 
 def _from_file(path: Path, column: str) -> Iterator[Document]:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; give a file with text")
     readers: dict[str, Callable[[Path, str], Iterator[str]]] = {
-        ".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet,
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
     }
     found = 0
     try:
@@ -147,16 +156,21 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg}); expected one object per line") from None
+                raise DataError(
+                    f"{path}, line {number}: not JSON ({error.msg}); expected one object per line"
+                ) from None
             if not isinstance(value, dict):
-                raise DataError(f"{path}, line {number}: expected an object with {column!r}, got {type(value).__name__}")
+                raise DataError(
+                    f"{path}, line {number}: expected an object with {column!r}, got {type(value).__name__}"
+                )
             yield _cell(value, column, path)
 
 
 def _cell(value: dict[str, Any], column: str, path: Path) -> str:
     if column not in value:
-        raise DataError(f"{path} has no column {column!r}{did_you_mean(column, map(str, value))}; "
-                        "name it with --tokens.text-column")
+        raise DataError(
+            f"{path} has no column {column!r}{did_you_mean(column, map(str, value))}; name it with --tokens.text-column"
+        )
     cell = value[column]
     return cell if isinstance(cell, str) else "" if cell is None else str(cell)
 
@@ -180,7 +194,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         raise DataError(f"{path} is not a parquet file ({error})") from None
     names = table.schema_arrow.names
     if column not in names:
-        raise DataError(f"{path} has no column {column!r}{did_you_mean(column, names)}; name it with --tokens.text-column")
+        raise DataError(
+            f"{path} has no column {column!r}{did_you_mean(column, names)}; name it with --tokens.text-column"
+        )
     for batch in table.iter_batches(batch_size=1024, columns=[column]):
         yield from ("" if v is None else str(v) for v in batch.column(0).to_pylist())
 
@@ -188,8 +204,10 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
 def _parse_hub(source: str) -> dict[str, str | None]:
     found = _HF.fullmatch(source)
     if found is None:
-        raise ConfigError(f"--texts {source!r}: expected hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV], "
-                          "e.g. hf:Skylion007/openwebtext:train:text")
+        raise ConfigError(
+            f"--texts {source!r}: expected hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV], "
+            "e.g. hf:Skylion007/openwebtext:train:text"
+        )
     return found.groupdict()
 
 
@@ -205,7 +223,9 @@ def _from_hub(source: str, column: str) -> Iterator[Document]:
             parts["repo"], parts["config"], split=parts["split"], revision=parts["revision"], streaming=True
         )
     except Exception as error:  # the hub's own errors are many; offline ones among them
-        raise DataError(f"cannot open the data set {source!r}: {type(error).__name__}: {error}; check the name and "
-                        "the network, or give a local file") from error
+        raise DataError(
+            f"cannot open the data set {source!r}: {type(error).__name__}: {error}; check the name and "
+            "the network, or give a local file"
+        ) from error
     for i, row in enumerate(stream):
         yield Document(_cell(row, wanted, Path(source)).strip(), source, str(i))

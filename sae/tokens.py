@@ -36,8 +36,8 @@ def split_of(text: str, seed: int = 0) -> str:
 def prefix_id(tokenizer: Any, override: int | None = None) -> int:
     """Token at position 0 of every row and between documents.
 
-    ``override``, else the BOS id if the tokenizer puts one in front by itself, else id 0 for SmolLM2's tokenizer (its
-    `bos` and `eos` are chat marks; loss is lowest behind `<|endoftext|>`), else EOS, else BOS. DataError if none exists.
+    ``override``, else the BOS id if the tokenizer puts one in front by itself, else `<|endoftext|>` (id 0 for SmolLM2,
+    whose `bos` and `eos` are chat marks), else EOS, else BOS. DataError if none exists.
     """
     if override is not None:
         if not 0 <= override < len(tokenizer):
@@ -217,8 +217,12 @@ def _tokens_config(cfg: TokensConfig, split: str, lm_name: str, tokenizer: Any, 
     vocabulary = getattr(tokenizer, "backend_tokenizer", None)
     identity = vocabulary.to_str() if vocabulary is not None else str(sorted(tokenizer.get_vocab().items()))
     return keep | {
-        "text": source_key(cfg.text), "split": split, "tokens": cfg.split_tokens(split), "prefix_id": prefix,
-        "tokenizer": sha256_text(identity)[:16], "packing": "concat_eos",
+        "text": source_key(cfg.text),
+        "split": split,
+        "tokens": cfg.split_tokens(split),
+        "prefix_id": prefix,
+        "tokenizer": sha256_text(identity)[:16],
+        "packing": "concat_eos",
     }
 
 
@@ -247,14 +251,20 @@ def _require_rows(cfg: TokensConfig, packers: dict[str, _Packer], found: dict[st
     if short:
         counts = ", ".join(f"{s}: {p.documents}" for s, p in packers.items())
         raise DataError(
-            f"the text {cfg.text!r} leaves the split(s) {', '.join(short)} without one row of {cfg.context_tokens} tokens "
-            f"(documents by split: {counts}); give more documents (1 in 20 goes to each small split) or a smaller "
+            f"the text {cfg.text!r} leaves the split(s) {', '.join(short)} without one row of "
+            f"{cfg.context_tokens} tokens (documents by split: {counts}); give more documents (1 in 20 goes to each small split) or a smaller "
             "--tokens.context-tokens"
         )
 
 
 def _write(
-    folder: Path, key: str, config: dict[str, Any], rows: list[list[int]], starts: list[int], sources: list[str], vocab: int
+    folder: Path,
+    key: str,
+    config: dict[str, Any],
+    rows: list[list[int]],
+    starts: list[int],
+    sources: list[str],
+    vocab: int,
 ) -> None:
     names = sorted(set(sources))
     index = {name: i for i, name in enumerate(names)}

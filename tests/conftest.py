@@ -10,7 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--plugin", action="append", default=[], help="module:object of an outside plug-in to run the contract suites on")
+    parser.addoption(
+        "--plugin",
+        action="append",
+        default=[],
+        help="module:object of an outside plug-in to run the contract suites on",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,19 @@ HELP_SECONDS = 0.5
 TORCH_FREE = (
     "sae", "sae.errors", "sae.plugins", "sae.config", "sae.console", "sae.manifest", "sae.assets",
     "autointerp", "autointerp.records", "autointerp.config", "autointerp.ledger", "autointerp.prompts",
-    "autointerp.dataset", "autointerp.client", "evals", "evals.results", "evals.uncertainty", "evals.leaderboard", "evals.pages",
+    "autointerp.dataset", "autointerp.client", "evals", "evals.results", "evals.uncertainty", "evals.leaderboard",
+    "evals.pages",
     "evals.base", "evals.run_config", "evals.run_log", "evals.run_all",
 )  # fmt: skip
 DOORS = ("evals.run_all", "evals.leaderboard", "sae", "autointerp")
 
 
 def test_no_file_is_too_long():
-    long = {str(p.relative_to(ROOT)): n for p in [*SOURCES, *TESTS] if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in [*SOURCES, *TESTS]
+        if (n := len(p.read_text().splitlines())) > MAX_FILE_LINES
+    }
     assert not long
 
 
@@ -68,7 +73,8 @@ def test_tests_are_no_package_and_planted_data_stay_in_tests():
 
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_module_imports_without_torch(module: str):
-    code = f"import sys, {module}; bad = [m for m in ('torch', 'transformers', 'triton', 'sklearn') if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
+    heavy = "('torch', 'transformers', 'triton', 'sklearn')"
+    code = f"import sys, {module}; bad = [m for m in {heavy} if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -86,14 +92,18 @@ def test_help_is_quick_and_needs_no_torch(door: str):
 
 
 def test_misspelt_option_names_the_near_one():
-    done = subprocess.run([sys.executable, "-m", "evals.run_all", "--prset", "quick"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "evals.run_all", "--prset", "quick"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2 and "--preset" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    return [line.strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    return [
+        line.strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_readme_commands_exist():
@@ -109,6 +119,8 @@ def test_readme_commands_exist():
             door = words[words.index("-m") + 1]
             rest = words[words.index("-m") + 2 :]
             sub = [rest[0]] if door in ("sae", "autointerp") and rest else []
-            text = subprocess.run([sys.executable, "-m", door, *sub, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+            text = subprocess.run(
+                [sys.executable, "-m", door, *sub, "--help"], capture_output=True, text=True, cwd=ROOT
+            ).stdout
             for flag in (w.partition("=")[0] for w in rest if w.startswith("--")):
                 assert flag in text, f"{command}: {flag} is unknown to {door}"

@@ -22,7 +22,21 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def arguments(lm: Path, texts: Path, embedder: Path, task: Path) -> list[str]:
     return [
-        "--preset", "tiny", "--model", str(lm), "--texts", str(texts), "--task-csv", f"numbers={task}:prompt:target:1",
-        "--interp.embedder", str(embedder), "--interp.explainers", "n2g", "token_list",
-        "--interp.scorers", "embedding", "surprisal", "simulation",
+        "--preset",
+        "tiny",
+        "--model",
+        str(lm),
+        "--texts",
+        str(texts),
+        "--task-csv",
+        f"numbers={task}:prompt:target:1",
+        "--interp.embedder",
+        str(embedder),
+        "--interp.explainers",
+        "n2g",
+        "token_list",
+        "--interp.scorers",
+        "embedding",
+        "surprisal",
+        "simulation",
     ]

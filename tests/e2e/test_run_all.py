@@ -21,14 +21,19 @@ def command(root: Path, world: list[str], *more: str) -> list[str]:
     return [sys.executable, "-m", "evals.run_all", "--root", str(root), *world, *more]
 
 
-def run(root: Path, world: list[str], *more: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(root, world, *more), capture_output=True, text=True, env={**ENVIRONMENT, **(env or {})})
+def run(
+    root: Path, world: list[str], *more: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(root, world, *more), capture_output=True, text=True, env={**ENVIRONMENT, **(env or {})}
+    )
 
 
 def rows_of(root: Path) -> dict[str, str]:
     """Path below root -> sha256 of each rows.jsonl."""
     return {
-        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.glob("rows/*/*/*/rows.jsonl"))
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.glob("rows/*/*/*/rows.jsonl"))
     }
 
 
@@ -61,7 +66,11 @@ def test_second_run_does_nothing_twice(finished: Path, tiny_world: list[str]):
     assert done.returncode == 0, done.stderr[-2000:]
     assert rows_of(finished) == before
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("manifest.json") if p in stamps} == stamps
-    heavy = [s for s in json.loads((finished / "run.json").read_text())["stages"] if s["name"].startswith(("act", "train", "eval"))]
+    heavy = [
+        s
+        for s in json.loads((finished / "run.json").read_text())["stages"]
+        if s["name"].startswith(("act", "train", "eval"))
+    ]
     assert heavy and all(s["status"] == "reused" for s in heavy)
 
 
@@ -70,14 +79,26 @@ def test_same_seed_gives_the_same_rows(finished: Path, tiny_world: list[str], tm
     assert rows_of(tmp_path) == rows_of(finished)
 
 
-MOMENTS = ("tokens/*", "activations/*", "saes/*.tmp-*", "saes/*", "latents/*", "explanations/*", "scores/*", "rows/*/*/*")
+MOMENTS = (
+    "tokens/*",
+    "activations/*",
+    "saes/*.tmp-*",
+    "saes/*",
+    "latents/*",
+    "explanations/*",
+    "scores/*",
+    "rows/*/*/*",
+)
 
 
 def test_killed_at_every_stage_then_resumed(finished: Path, tiny_world: list[str], tmp_path: Path):
     """kill -9 as soon as each kind of artefact appears; the last run must end with the rows of an undisturbed one."""
     for pattern in MOMENTS:
         process = subprocess.Popen(
-            command(tmp_path, tiny_world), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command(tmp_path, tiny_world),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 120
         while process.poll() is None and not list(tmp_path.glob(pattern)) and time.monotonic() < deadline:
@@ -94,11 +115,15 @@ def test_existing_sae_is_evaluated_without_training(finished: Path, tiny_world: 
     sae = next(p for p in (finished / "saes").iterdir() if ".topk-" in p.name)
     done = run(tmp_path, tiny_world, "--sae", str(sae), "--evals", "reconstruction")
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(x) for p in tmp_path.glob("rows/*/reconstruction/*/rows.jsonl") for x in p.read_text().splitlines()]
+    rows = [
+        json.loads(x) for p in tmp_path.glob("rows/*/reconstruction/*/rows.jsonl") for x in p.read_text().splitlines()
+    ]
     here = {r["metric"]: r["value"] for r in rows if r["sae_id"] == sae.name and r["slice"] == ""}
     there = {
-        r["metric"]: r["value"] for p in finished.glob(f"rows/{sae.name}/reconstruction/*/rows.jsonl")
-        for r in map(json.loads, p.read_text().splitlines()) if r["slice"] == ""
+        r["metric"]: r["value"]
+        for p in finished.glob(f"rows/{sae.name}/reconstruction/*/rows.jsonl")
+        for r in map(json.loads, p.read_text().splitlines())
+        if r["slice"] == ""
     }
     assert here["fvu"] == pytest.approx(there["fvu"], rel=1e-6)
     assert not list((tmp_path / "saes").glob("*.relu-*"))
@@ -125,7 +150,8 @@ def test_bad_input_is_one_clear_message(tiny_world: list[str], tmp_path: Path, a
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "empty"), (b"\n  \n", "no text"), (b'{"text": "caf\xe9"}\n', "not UTF-8"), (b'{"body": "x"}\n', "text")]
+    ("content", "says"),
+    [(b"", "empty"), (b"\n  \n", "no text"), (b'{"text": "caf\xe9"}\n', "not UTF-8"), (b'{"body": "x"}\n', "text")],
 )
 def test_bad_text_files(tiny_world: list[str], tmp_path: Path, content: bytes, says: str):
     (tmp_path / "t.jsonl").write_bytes(content)
@@ -150,9 +176,21 @@ def test_dead_llm_server_is_an_error_not_a_zero(tiny_world: list[str], tmp_path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = run(
-        tmp_path, tiny_world, "--interp.client", "openai", "--interp.llm", "x", "--interp.base-url",
-        f"http://127.0.0.1:{port}/v1", "--interp.explainers", "highlighted", "--interp.scorers", "embedding",
-        "--evals", "explanation", env={"OPENAI_API_KEY": "test"},
+        tmp_path,
+        tiny_world,
+        "--interp.client",
+        "openai",
+        "--interp.llm",
+        "x",
+        "--interp.base-url",
+        f"http://127.0.0.1:{port}/v1",
+        "--interp.explainers",
+        "highlighted",
+        "--interp.scorers",
+        "embedding",
+        "--evals",
+        "explanation",
+        env={"OPENAI_API_KEY": "test"},
     )
     assert done.returncode not in (0, 130)
     assert "Traceback" not in done.stderr

@@ -19,7 +19,9 @@ class Planted(NamedTuple):
     bias_D: torch.Tensor
 
 
-def planted(*, n: int = 20_000, d: int = 32, g: int = 64, l0: float = 4.0, sigma: float = 0.01, seed: int = 0) -> Planted:
+def planted(
+    *, n: int = 20_000, d: int = 32, g: int = 64, l0: float = 4.0, sigma: float = 0.01, seed: int = 0
+) -> Planted:
     """x = sum_j a_j g_j + b + sigma * noise, a_j = Bernoulli(p_j) * |N(1, 1/4^2)|, p_j proportional to 1/(j + 10)."""
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((g, d))

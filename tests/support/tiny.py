@@ -24,9 +24,18 @@ def save_tiny_lm(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 
     """A random Llama (``layers`` blocks, D = ``width``) and its byte tokenizer as a Hugging Face folder."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=259, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, tie_word_embeddings=True, initializer_range=0.3,
+        vocab_size=259,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
     )
     LlamaForCausalLM(config).eval().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -58,8 +67,13 @@ def save_tiny_embedder(folder: Path, *, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=512, pad_token_id=2,
+        vocab_size=259,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=512,
+        pad_token_id=2,
     )
     BertModel(config).eval().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
