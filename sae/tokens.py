@@ -252,8 +252,8 @@ def _require_rows(cfg: TokensConfig, packers: dict[str, _Packer], found: dict[st
         counts = ", ".join(f"{s}: {p.documents}" for s, p in packers.items())
         raise DataError(
             f"the text {cfg.text!r} leaves the split(s) {', '.join(short)} without one row of "
-            f"{cfg.context_tokens} tokens (documents by split: {counts}); give more documents (1 in 20 goes to each small split) or a smaller "
-            "--tokens.context-tokens"
+            f"{cfg.context_tokens} tokens (documents by split: {counts}); give more documents "
+            "(about 1 in 20 goes to each small split) or a smaller --tokens.context-tokens"
         )
 
 
