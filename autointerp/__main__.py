@@ -1,0 +1,72 @@
+"""Door of ``python -m autointerp``: look at explanations, export them as a dataset.
+
+Explaining and scoring themselves run inside ``python -m evals.run_all``, which makes what they need.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae import console
+from sae.errors import SaescopeError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m autointerp", description="Explanations of SAE latents.")
+    doors = parser.add_subparsers(dest="door", required=True)
+    export = doors.add_parser("export", help="write the explanation dataset: parquet tables and a card")
+    export.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
+    export.add_argument("--out", type=Path, help="folder to write (default: ROOT/dataset)")
+    export.add_argument(
+        "--accept-licences", action="store_true",
+        help="publish windows of texts whose licence is non-commercial or not stated",
+    )  # fmt: skip
+    show = doors.add_parser("show", help="print the chosen explanation of every latent with its headline scores")
+    show.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
+    return parser
+
+
+def _show(root: Path) -> None:
+    from autointerp.dataset import find_chains
+    from autointerp.pipeline import open_explanations, open_scores
+
+    for sae_id, chain in sorted(find_chains(root).items()):
+        value = {
+            (s.explanation_id, s.scorer, s.metric): s.value
+            for s in open_scores(chain["scores"]).scores
+            if not s.floor_kind and not s.group
+        }
+        rows = []
+        for e in open_explanations(chain["explanations"]):
+            if e.selected:
+                auc = value.get((e.explanation_id, "embedding", "auc"))
+                text = e.text if e.failure is None else f"({e.failure.code})"
+                rows.append((e.latent, e.explainer, "" if auc is None else f"{auc:.2f}", text))
+        console.table(sae_id, ("latent", "explainer", "AUC", "explanation"), rows, right=(0, 2))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one door; expected errors become one line and an exit status."""
+    options = _parser().parse_args(arguments)
+    console.setup()
+    try:
+        if options.door == "show":
+            _show(options.root)
+        else:
+            from autointerp.dataset import export
+
+            out = options.out or options.root / "dataset"
+            console.say(str(export(options.root, out, check_licences=not options.accept_licences)))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except SaescopeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
