@@ -92,11 +92,15 @@ def explain(
     for explainer in explainers:
         for view, records in zip(views, explainer.explain_many(views, ctx), strict=True):
             if not records:
-                raise DataError(f"explainer {explainer.name!r} said nothing of latent {view.latent}, not even a failure")
+                raise DataError(
+                    f"explainer {explainer.name!r} said nothing of latent {view.latent}, not even a failure"
+                )
             found[view.latent] += records
     chosen = [e for latent in sorted(found) for e in _select(found[latent], exemplars, ctx)]
     chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
-    with writing(folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs) as out:
+    with writing(
+        folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs
+    ) as out:
         write_jsonl(out.path / "explanations.jsonl", chosen)
         write_parquet(out.path / "explanations.parquet", chosen, Explanation)
         if output_tokens:  # for the pages: latent -> [promoted, suppressed]
@@ -122,7 +126,8 @@ def _select(candidates: list[Explanation], exemplars: ExemplarTable, ctx: Explai
     best = max(range(len(pool)), key=lambda i: (scored.get(pool[i].explanation_id) or 0.0, -i))
     winner = pool[best].explanation_id
     return [
-        replace(e, selected=e.explanation_id == winner, calibrate_score=scored.get(e.explanation_id)) for e in candidates
+        replace(e, selected=e.explanation_id == winner, calibrate_score=scored.get(e.explanation_id))
+        for e in candidates
     ]
 
 

@@ -19,7 +19,8 @@ def write_jsonl(path: Path, records: Sequence[Record]) -> None:
 
 def read_jsonl(path: Path, kind: type[R]) -> list[R]:
     """What :func:`write_jsonl` wrote."""
-    return [kind.from_dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also cuts at U+2028 and U+0085 inside a text
+    return [kind.from_dict(json.loads(line)) for line in lines if line]
 
 
 def write_parquet(path: Path, records: Sequence[Record], kind: type[Record]) -> None:

@@ -182,8 +182,8 @@ def read_rows(folder: Path) -> list[Row]:
     """Rows of one complete folder."""
     if not is_complete(folder):
         raise ArtefactError(f"{folder} holds no complete rows; run its evaluation again")
-    lines = (folder / ROWS_FILE).read_text(encoding="utf-8").splitlines()
-    return [from_dict(Row, json.loads(line)) for line in lines]
+    lines = (folder / ROWS_FILE).read_text(encoding="utf-8").split("\n")  # splitlines() also cuts at U+2028 and U+0085
+    return [from_dict(Row, json.loads(line)) for line in lines if line]
 
 
 def row_folders(root: Path) -> list[Path]:

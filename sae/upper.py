@@ -1,9 +1,9 @@
 """The layers above a hookpoint as one function of its activations (METRICS 4).
 
-The blocks are the model's own, run through the decoder's own ``forward`` on a **view**: shallow copies of the modules on
-the way (weights shared) whose list of blocks starts above the hookpoint. Whatever the decoder does to its embeddings does
-not matter, since the first block's input is replaced. The runner is compared once with a full hooked pass; where they differ
-(per-layer embeddings, odd heads) it works by full passes instead and says so in ``is_exact``.
+The blocks are the model's own, run through the decoder's own ``forward`` on a **view**: shallow copies of the modules
+on the way (weights shared) whose list of blocks starts above the hookpoint. Whatever the decoder does to its embeddings
+does not matter, since the first block's input is replaced. The runner is compared once with a full hooked pass; where
+they differ (per-layer embeddings, odd heads) it works by full passes instead and says so in ``is_exact``.
 Letters: B sequences, P tokens of a prefix, T tokens after it, L = P + T, D width, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import ConfigError, Unsupported
-from sae.language_model import replace_input, with_first
+from sae.hooks import replace_input, with_first
 
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
@@ -42,7 +42,7 @@ class Past:
 
 
 class UpperRunner:
-    """Made by :meth:`LanguageModel.upper`. Inputs are residuals at the hookpoint, any float type; results are float32 logits.
+    """Made by :meth:`LanguageModel.upper`. Inputs are residuals at the hookpoint, any float type; logits are float32.
 
     ``is_exact`` is True if only the layers above run; False if every call costs a full pass of the model.
     """
@@ -64,7 +64,12 @@ class UpperRunner:
                 logger.warning("%s: the layers above %s cannot run apart; full passes are used", lm.name, hookpoint)
 
     @torch.no_grad()
-    def hidden(self, resid_BLD: Tensor, positions: Tensor | Sequence[int] | slice | None = None, past: Past | None = None) -> Tensor:
+    def hidden(
+        self,
+        resid_BLD: Tensor,
+        positions: Tensor | Sequence[int] | slice | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """Final normed hidden states [B, L, D], or [B, len(positions), D]: what :meth:`unembed` turns into logits.
 
         ``positions`` index the tokens of ``resid_BLD``; ``past`` is a prefix these tokens follow.
@@ -79,14 +84,14 @@ class UpperRunner:
 
     @torch.no_grad()
     def logits(self, resid_BLD: Tensor, *, ids_BL: Tensor | None = None) -> Tensor:
-        """Logits [B, L, V]. ``ids_BL`` is used by full passes alone, and needed there unless the hookpoint is residual."""
+        """Logits [B, L, V]. ``ids_BL``: for full passes alone, and needed there unless the hookpoint is residual."""
         if self._view is not None:
             return self.unembed(self._run(resid_BLD, None))
         return self.lm.replace(self._ids(resid_BLD, ids_BL), self.hookpoint, resid_BLD)
 
     @torch.no_grad()
     def prefix(self, resid_BPD: Tensor) -> Past:
-        """The clean prefix of later :meth:`continue_from` calls; one prefix [1, P, D] serves any number of continuations."""
+        """The clean prefix of later :meth:`continue_from` calls; one prefix [1, P, D] serves any number of them."""
         if self._view is None:
             self._require_residual()
             return Past(resid_BPD, ())
@@ -98,8 +103,9 @@ class UpperRunner:
     def continue_from(self, past: Past, resid_BTD: Tensor, first_position: int | None = None) -> Tensor:
         """Logits [B, T, V] of B alternatives for the tokens at ``first_position`` …, each after the same clean prefix.
 
-        ``first_position`` (default: the prefix's length) may be smaller than the prefix, which is then cut there: the prefix
-        of a whole row serves every position. The prefix has batch 1 or B. :class:`ConfigError` if it is too short.
+        ``first_position`` (default: the prefix's length) may be smaller than the prefix, which is then cut there: the
+        prefix of a whole row serves every position. The prefix has batch 1 or B. :class:`ConfigError` if it is too
+        short.
         """
         return self.unembed(self.hidden(resid_BTD, past=self.cut(past, first_position)))
 
@@ -137,7 +143,7 @@ class UpperRunner:
         return output.last_hidden_state
 
     def _build_view(self, below: int) -> Any:
-        """A shallow copy of the decoder that starts at block ``below`` (or at the last one, whose output is then replaced)."""
+        """A shallow copy of the decoder from block ``below`` on (or the last one, whose output is then replaced)."""
         lm = self.lm
         first = min(below, lm.n_layers - 1)
         blocks = [_copied(block) for block in list(lm.blocks)[first:]]
@@ -180,7 +186,7 @@ class UpperRunner:
         return all(float(d.abs().max()) <= limit for d in (whole - expected, tail - expected[:, cut:]))
 
     def _ids(self, resid_BLD: Tensor, ids_BL: Tensor | None) -> Tensor:
-        """Token ids of a full pass. Above a residual hookpoint they do not matter, as everything below is overwritten."""
+        """Token ids of a full pass. Above a residual hookpoint they do not matter: all below is overwritten."""
         if ids_BL is not None:
             return ids_BL
         self._require_residual()
@@ -189,8 +195,8 @@ class UpperRunner:
     def _require_residual(self) -> None:
         if not self._residual:
             raise Unsupported(
-                f"{self.hookpoint!r} is no residual hookpoint: what lies above it depends on more than its activations; "
-                f"use a block such as {self.lm.default_hookpoint()!r}, or logits(acts, ids_BL=...)"
+                f"{self.hookpoint!r} is no residual hookpoint: what lies above it depends on more than its "
+                f"activations; use a block such as {self.lm.default_hookpoint()!r}, or logits(acts, ids_BL=...)"
             )
 
     def _hidden_by_full_pass(self, resid_BLD: Tensor, past: Past | None, ids_BL: Tensor | None) -> Tensor:
@@ -211,7 +217,8 @@ def _copied(module: Any) -> Any:
     """A module of its own (hooks, children list, attributes) that shares weights and grandchildren."""
     new = copy.copy(module)
     new.__dict__ = dict(module.__dict__)
-    for name in ("_modules", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+    hooks = [f"_forward{pre}_hooks{kw}" for pre in ("", "_pre") for kw in ("", "_with_kwargs")]
+    for name in ("_modules", *hooks):
         new.__dict__[name] = copy.copy(module.__dict__[name])
     return new
 
