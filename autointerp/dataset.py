@@ -189,8 +189,8 @@ def _scores(scores: list[LatentScore], checks: list[JudgeCheck], key: str) -> pd
     table["floor"] = shuffled.reindex(places).to_numpy(dtype=float, na_value=float("nan"))
     table.loc[table["floor_kind"] != "", "floor"] = float("nan")
     table["floor"] = table["floor"].astype("Float64")
-    by_scorer = {c.scorer: c for c in checks}
-    found = [by_scorer.get(s) for s in table["scorer"]]
+    checked = {(c.scorer, c.judge): c for c in checks}  # a scorer may have rows of several judges (patterns, texts)
+    found = [checked.get(pair) for pair in zip(table["scorer"], table["judge"], strict=True)]
     table["judge_auc"] = pd.array([c.auc if c else None for c in found], dtype="Float64")
     table["judge_wrong_auc"] = pd.array([c.wrong_auc if c else None for c in found], dtype="Float64")
     table["judge_weak"] = pd.array([c.weak if c else None for c in found], dtype="boolean")

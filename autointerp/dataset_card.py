@@ -47,7 +47,7 @@ class Licence(NamedTuple):
 def licence_of(source: str) -> Licence:
     """Licence by the leading number of a file of the default texts; any other source is not_stated."""
     data = json.loads(resources.files("autointerp").joinpath("licences.json").read_text(encoding="utf-8"))
-    number = re.match(r"(\d+)(?:_|$|\.)", source)
+    number = re.fullmatch(r"(\d+)_\w+", source)  # names of default tables carry no suffix; a user's files do
     for group in data["groups"]:
         if number and int(number[1]) in group["files"]:
             return Licence(source, group["licence"], group["status"])
