@@ -33,13 +33,14 @@ __all__ = [
 ]
 
 HALF = 0.5
-GROUP_ENDS = (1, 2, 3, 4, 6, 8, 10, 12)
+GROUP_ENDS = (1, 2, 3, 4, 6, 8)
 """Suffix lengths are tried one by one, then in twos, then 8 at a time: most latents need few tokens, and every token of
 a probe is a token for the model."""
 GROUP_STEP = 8
-MAX_SUFFIX = 12
-"""Longer suffixes are not tried by default. Measured (SmolLM2-135M, TopK of 4,608 latents, 8 pairs): pairs that need
-more cost two thirds of all tokens, and their patterns are too long to recur in the split score."""
+MAX_SUFFIX = 8
+"""Longer suffixes are not tried by default. Measured (SmolLM2-135M, block 15, TopK of 4,608 latents after 393,216
+tokens, 32 latents, 8 pairs each): without a limit 1,485 tokens per latent, up to 12 tokens 577; patterns of 9 to 12
+tokens changed no latent's F1, those beyond moved the mean from .087 to .093."""
 
 Tokens = tuple[int, ...]
 LastActs = Callable[[Sequence[tuple[int, Tokens]]], np.ndarray]

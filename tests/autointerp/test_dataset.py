@@ -127,7 +127,8 @@ def test_each_true_score_stands_beside_its_floor(tables):
     assert len(true) == 8 and (true["value"] == 0.75).all() and (true["floor"] == 0.25).all()
     assert scores[scores["floor_kind"] == "shuffled"]["floor"].isna().all()
     # This judge says the same under a wrong description, so its check finds it weak.
-    assert (scores["judge_auc"] == 1.0).all() and (scores["judge_wrong_auc"] == 1.0).all() and scores["judge_weak"].all()
+    assert (scores["judge_auc"] == 1.0).all() and (scores["judge_wrong_auc"] == 1.0).all()
+    assert scores["judge_weak"].all()
 
 
 def test_windows_keep_their_content(tables):
@@ -143,7 +144,8 @@ def test_windows_keep_their_content(tables):
 def test_card(tables, root):
     text = (tables["out"] / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\n") and "config_name: scores\n  data_files: scores/*.parquet" in text
-    for expected in ("tiny.topk.s0-64", "| coin | coin |", "token_list", "not verified", "file0", "not_stated", "| weak |"):
+    said = ("tiny.topk.s0-64", "| coin | coin |", "token_list", "not verified", "file0", "not_stated", "| weak |")
+    for expected in said:
         assert expected in text
     chain = find_chains(root)["tiny.topk.s0-64"]
     assert all(path.name in text for path in chain.values()) and str(root) not in text
