@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from sae.base import SAE
@@ -51,9 +51,23 @@ def save(sae: SAE, folder: Path, x_sample_ND: Tensor) -> None:
         "b_dec_D": sae.b_dec_D.detach().float().contiguous(),
     }
     metadata = {"format": "pt", "saescope": "1", "cfg_sha256": sha256_text(cfg_text)}
-    save_file(tensors, folder / WEIGHTS, metadata=metadata)
-    save_file(_reference(_from_tensors(sae.cfg, tensors), x_sample_ND.float().cpu()), folder / REFERENCE)
+    _write_tensors(folder / WEIGHTS, tensors, metadata)
+    reference = _reference(_from_tensors(sae.cfg, tensors), x_sample_ND.float().cpu())
+    _write_tensors(folder / REFERENCE, reference, {"format": "pt"})
     (folder / CFG).write_text(cfg_text, encoding="utf-8")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with sorted metadata: the library keeps them in a hash map, so that their order, and with it
+    the bytes of the file, would differ from call to call. Sorting changes no length, so offsets and padding stay."""
+    data = memoryview(to_bytes(tensors, metadata))
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(bytes(data[8 : 8 + size]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    with open(path, "wb") as file:
+        file.write(data[:8])
+        file.write(json.dumps(header, separators=(",", ":")).encode().ljust(size))
+        file.write(data[8 + size :])
 
 
 def _cfg_text(cfg: SAEConfig) -> str:

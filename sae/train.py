@@ -240,7 +240,7 @@ def _step(run: Run, x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
     state.sparsity_ramp = optim.ramp(run.step, run.n_steps, L1_RAMP_SHARE)
     found = sae.training_loss(n_ND, state)
     if not bool(torch.isfinite(found.total)):
-        run.failure = f"the loss is {float(found.total)} at step {run.step + 1} of {run.n_steps}"
+        run.failure = f"the loss is {float(found.total.detach())} at step {run.step + 1} of {run.n_steps}"
         return
     found.total.backward()
     optim.project_gradient_(_gradient(sae.W_dec_FD), sae.W_dec_FD)
