@@ -14,7 +14,8 @@ def normalise_rows_(W_FD: Tensor) -> Tensor:
     """Rows to length 1, in place. A zero row stays zero. To be called after the optimiser step, so that what is saved
     and used next is unit (OpenAI's code does it before)."""
     norms_F1 = torch.linalg.vector_norm(W_FD, dim=1, keepdim=True)
-    return W_FD.div_(norms_F1.clamp_min(torch.finfo(W_FD.dtype).tiny))
+    # Squares of a row below 1e-22 underflow: its computed length is 0 and no clamp would make the row unit.
+    return W_FD.div_(torch.where(norms_F1 > 0, norms_F1, 1.0))
 
 
 @torch.no_grad()
