@@ -103,9 +103,9 @@ class LanguageModel:
         return int(index) + (0 if at_input else 1)
 
     def check_hookpoint(self, hookpoint: str) -> int:
-        """Its width D, found by a pass over two tokens; :class:`ConfigError` with near names if there is none."""
+        """Its width D, found by a pass over two short rows; :class:`ConfigError` with near names if there is none."""
         if hookpoint not in self._widths:
-            ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+            ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
             self._module(hookpoint)
             value = self.capture(ids, [hookpoint])[hookpoint]
             self._widths[hookpoint] = int(value.shape[-1])

@@ -80,6 +80,8 @@ def resolve(ref: str, revision: str | None = None) -> ModelFiles:
         if not is_complete(folder):
             _convert(fetch("smollm2") / name, sha, folder)
         return ModelFiles(str(folder), DEFAULT_NAME, sha, DEFAULT_SLUG)
+    if not ref.strip():
+        raise ConfigError("the model is empty; expected 'default', a folder or a hub id such as 'org/name'")
     path = Path(ref).expanduser()
     if path.is_dir():
         return _from_folder(path)
@@ -87,7 +89,7 @@ def resolve(ref: str, revision: str | None = None) -> ModelFiles:
         raise ConfigError(
             f"the model {ref!r} is a file; expected its folder (config.json, *.safetensors, tokenizer.json)"
         )
-    if ref.startswith((".", "~", os.sep)) or ref.count("/") > 1 or not ref:
+    if ref.startswith((".", "~", os.sep)) or ref.count("/") > 1:
         raise ConfigError(
             f"the model folder {ref!r} does not exist; expected 'default', a folder or a hub id such as 'org/name'"
         )

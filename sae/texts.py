@@ -17,7 +17,7 @@ PACKINGS = ("", ".gz", ".zst")
 LONG_TXT_CHARACTERS = 20_000
 """A longer .txt file is cut at blank lines into documents of about this length."""
 _HF = re.compile(
-    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?:(?P<split>[\w\[\]%-]+)"
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?:(?P<split>[\w.-]+)"
     r"(?::(?P<column>\w+))?(?:@(?P<revision>[\w.-]+))?"
 )
 

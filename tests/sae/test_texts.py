@@ -1,0 +1,156 @@
+"""Every form of --texts, and every way a text file can be wrong."""
+
+import bz2
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from sae.errors import ConfigError, DataError, MissingExtra
+from sae.texts import LONG_TXT_CHARACTERS, iter_documents, source_key, text_files
+
+LINES = ["First text, with a comma and a \u2028 separator.", "Zweiter Text: ÄÖÜ — “quotes”", "third\nof two lines"]
+
+
+def packed(data: bytes, packing: str) -> bytes:
+    if packing == ".gz":
+        return gzip.compress(data)
+    return pa.compress(data, codec="zstd", asbytes=True) if packing == ".zst" else data
+
+
+def content(kind: str, lines: list[str] = LINES, column: str = "text") -> bytes:
+    if kind == ".jsonl":
+        return "".join(json.dumps({column: t, "n": 1}, ensure_ascii=False) + "\n" for t in lines).encode()
+    if kind == ".csv":
+        return pd.DataFrame({column: lines, "n": 1}).to_csv(index=False).encode()
+    if kind == ".parquet":
+        return pd.DataFrame({column: lines, "n": 1}).to_parquet(index=False)
+    return lines[0].encode()
+
+
+def read(path: Path, column: str = "text") -> list[str]:
+    return [d.text for d in iter_documents(str(path), column)]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv"])
+def test_every_kind_and_packing(tmp_path: Path, kind: str, packing: str) -> None:
+    path = tmp_path / f"t{kind}{packing}"
+    path.write_bytes(packed(content(kind), packing))
+    found = list(iter_documents(str(path)))
+    assert [d.text for d in found] == (LINES[:1] if kind == ".txt" else LINES)
+    assert {d.source for d in found} == {path.name} and [d.doc_id for d in found] == [str(i) for i in range(len(found))]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    path.write_bytes(content(".parquet"))
+    assert read(path) == LINES
+
+
+def test_another_column_nulls_numbers_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"body": "x"}\n\n{"body": null}\n{"body": 3}\n{"body": "  "}\n')
+    assert read(path, "body") == ["x", "3"]
+
+
+def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("bee")
+    (tmp_path / "a.jsonl").write_text('{"text": "ay"}\n')
+    (tmp_path / "sub" / "c.txt.gz").write_bytes(gzip.compress(b"sea"))
+    (tmp_path / "notes.md").write_text("not read")
+    assert read(tmp_path) == ["ay", "bee", "sea"]
+    assert [p.name for p in text_files(str(tmp_path))] == ["a.jsonl", "b.txt", "c.txt.gz"]
+
+
+def test_a_long_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraph = "word " * 1_000
+    (tmp_path / "long.txt").write_text("\n\n".join([paragraph] * 10))
+    found = read(tmp_path / "long.txt")
+    assert len(found) == 3 and all(len(t) >= LONG_TXT_CHARACTERS for t in found[:-1])
+    assert " ".join(found).split() == ["word"] * 10_000
+
+
+def test_the_key_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("one")
+    first = source_key(str(path))
+    assert source_key(str(path)) == first
+    path.write_text("two")
+    assert source_key(str(path)) != first and source_key("hf:a/b:train") != source_key("hf:a/b:test")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nowhere.txt", "nowhere.txt"), ("t.docx", "cannot tell the kind"), ("empty_folder", "holds no")],
+)
+def test_what_is_not_there_or_of_no_known_kind(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "empty_folder").mkdir()
+    (tmp_path / "t.docx").write_bytes(bz2.compress(b"x"))
+    with pytest.raises(ConfigError, match=says):
+        list(iter_documents(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("t.txt", b"", "is empty"),
+        ("t.txt", b" \n\n ", "no text but white space"),
+        ("t.jsonl", b"\n\n", "no text"),
+        ("t.txt", b"caf\xe9", "byte 0xe9 at offset 3"),
+        ("t.csv", b"text\ncaf\xe9\n", "byte 0xe9 at offset 8"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "byte 0xff at offset 24"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("t.jsonl", b'["text"]\n', "line 1: expected an object"),
+        ("t.jsonl", b'{"texts": "a"}\n', "did you mean 'texts'"),
+        ("t.csv", b"Text,n\na,1\n", "did you mean 'Text'"),
+        ("t.parquet", content(".parquet", column="texts"), "did you mean 'texts'"),
+        ("t.parquet", b"PAR1 not really PAR1", "t.parquet"),
+        ("t.parquet", content(".parquet")[:-40], "t.parquet"),
+        ("t.txt.gz", gzip.compress(b"hello " * 1_000)[:-12], "cannot be read"),
+        ("t.txt.gz", b"no gzip", "cannot be read"),
+        ("t.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-10] + b"\0" * 10, "cannot be read"),
+        ("t.txt.zst", b"no zstd at all", "cannot be read"),
+        ("t.jsonl.zst", packed(content(".jsonl") * 99, ".zst")[:-9], "cannot be read"),
+    ],
+)
+def test_bad_files_are_named_and_explained(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=says) as caught:
+        read(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_damaged_deflate_stream(tmp_path: Path) -> None:
+    good = gzip.compress(bytes(range(32, 127)) * 40)
+    (tmp_path / "t.txt.gz").write_bytes(good[:15] + bytes(255 - b for b in good[15:40]) + good[40:])
+    with pytest.raises(DataError, match="t.txt.gz cannot be read"):
+        read(tmp_path / "t.txt.gz")
+
+
+def test_damaged_parquet_pages(tmp_path: Path) -> None:
+    good = bytearray(content(".parquet", [f"text {i} " * 20 for i in range(200)]))
+    good[4:200] = b"\xff" * 196
+    (tmp_path / "t.parquet").write_bytes(bytes(good))
+    with pytest.raises(DataError, match="t.parquet"):
+        read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    "source", ["hf:", "hf:repo", "hf:org/name", "hf:org/name/c/d:train", "hf:org/name:train:a:b", "hf:a/b:train[:9]"]
+)
+def test_a_malformed_hub_name(source: str) -> None:
+    for use in (lambda: list(iter_documents(source)), lambda: source_key(source)):
+        with pytest.raises(ConfigError, match="expected hf:REPO"):
+            use()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package `datasets` is installed")
+def test_a_hub_name_without_the_extra() -> None:
+    with pytest.raises(MissingExtra, match=r"pip install 'saescope\[hub\]'"):
+        list(iter_documents("hf:org/name/config:train:text@main"))
