@@ -15,11 +15,6 @@ from sae.errors import ArtefactError, ConfigError, HashMismatch, MissingAsset
 from sae.manifest import MANIFEST, sha256_file
 
 FILES = {"toy/data/a.csv": b"one", "toy/data/sub/b.csv": b"two", "toy/data/c.py": b"code", "toy/x.csv": b"no"}
-    "toy/data/a.csv": b"one",
-    "toy/data/sub/b.csv": b"two",
-    "toy/data/c.py": b"raise SystemExit",
-    "toy/x.csv": b"no",
-}
 
 
 def make(folder: Path, files: dict[str, bytes] = FILES, **changes: object) -> tuple[Asset, Path]:
