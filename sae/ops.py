@@ -264,32 +264,51 @@ def decode_entries(entries: Entries, W_dec_FD: Tensor) -> Tensor:
 def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor, impl: Impl = "auto") -> Tensor:
     """``y_ND = sum over k of values_NK * W_dec_FD[indices_NK]``, differentiable in values and W_dec.
 
-    ``impl``: ``triton`` (CUDA, or the interpreter in tests), ``torch``, or ``auto`` = Triton for a CUDA tensor of a
-    supported type where Triton is installed. Empty slots (value 0) add nothing and get the gradient of their latent.
+    ``impl``: ``triton`` (CUDA, or the interpreter in tests; never falls back: ``ValueError`` or ``TypeError``),
+    ``torch``, or ``auto`` = Triton for CUDA tensors it takes, with one warning where it does not. Empty
+    slots (value 0) add nothing and get the gradient of their latent.
     """
     if values_NK.shape != indices_NK.shape or values_NK.dim() != 2 or W_dec_FD.dim() != 2:
         raise ValueError(
             "sparse_decode wants values [N, K], indices [N, K] and W_dec [F, D], got "
             f"{tuple(values_NK.shape)}, {tuple(indices_NK.shape)}, {tuple(W_dec_FD.shape)}"
         )
-    if impl == "triton" or (impl == "auto" and _triton_usable(values_NK, W_dec_FD)):
-        from sae_kernels.sparse_decode import sparse_decode as triton_decode
-
-        return triton_decode(values_NK, indices_NK, W_dec_FD)  # type: ignore[no-any-return]
+    if impl == "triton" or (impl == "auto" and _triton_usable(values_NK, indices_NK, W_dec_FD)):
+        return _triton_decode(values_NK, indices_NK, W_dec_FD)
     return decode_entries(entries_of(SparseLatents(values_NK, indices_NK)), W_dec_FD)
+
+
+def _triton_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> Tensor:
+    try:
+        from sae_kernels.sparse_decode import sparse_decode as kernel
+
+        return kernel(values_NK, indices_NK, W_dec_FD)
+    except ImportError as error:
+        raise ValueError(f"impl='triton' is not available here ({error}); use impl='auto' or 'torch'") from error
+    except RuntimeError as error:
+        if "active driver" not in str(error):
+            raise
+        raise ValueError(
+            f"impl='triton' wants CUDA tensors, got tensors on {values_NK.device}; use impl='auto' or 'torch'"
+        ) from error
 
 
 _WARNED: set[str] = set()
 
 
-def _triton_usable(values_NK: Tensor, W_dec_FD: Tensor) -> bool:
-    if values_NK.device.type != "cuda" or W_dec_FD.dtype not in (torch.float32, torch.bfloat16):
+def _triton_usable(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> bool:
+    """Whether the kernel takes these operands; on CUDA a refusal is logged, once per kind of error."""
+    if values_NK.device.type != "cuda":
         return False
+    reason: Exception | None
     try:
         import sae_kernels.sparse_decode  # noqa: F401
+        from sae_kernels.launch import refusal
+
+        reason = refusal(values_NK, indices_NK, W_dec_FD)
     except ImportError as error:
-        if "triton" not in _WARNED:
-            _WARNED.add("triton")
-            logger.warning("Triton kernels are not available (%s); using torch, which is slower", error)
-        return False
-    return True
+        reason = error
+    if reason is not None and type(reason).__name__ not in _WARNED:
+        _WARNED.add(type(reason).__name__)
+        logger.warning("the Triton kernel cannot be used (%s); using torch, which is slower", reason)
+    return reason is None

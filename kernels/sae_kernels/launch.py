@@ -1,0 +1,68 @@
+"""What every kernel needs before it starts: checks of its operands and the sizes of its blocks.
+
+Shapes: N tokens, K slots per token, F = d_sae, D = d_in. No kernel looks at the device: a tensor on the CPU works under
+Triton's interpreter (TRITON_INTERPRET=1) and meets Triton's own "0 active drivers" without it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+MAX_WIDTH = 16_384
+MAX_BLOCK = 1_024
+"""Channels per program; a wider row is cut into several."""
+ROWS = 4
+"""Gathered rows per step: a loop over single rows has only one load in flight."""
+CHUNK = 128
+"""Entries of one latent that a program of the weight gradient walks in sequence; a latent may fire on every token."""
+
+
+class Blocks(NamedTuple):
+    """Launch settings of a kernel over rows of D channels."""
+
+    channels: int
+    """Channels per program, a power of two."""
+    programs: int
+    """Programs that cover the D channels."""
+    warps: int
+
+
+def blocks(width: int) -> Blocks:
+    """Settings for rows of ``width`` channels (at least 1).
+
+    They are data, not a timing made in the run: another block is another order of sums, so equal inputs give equal bits.
+    """
+    channels = min(MAX_BLOCK, max(16, triton.next_power_of_2(width)))
+    return Blocks(channels, triton.cdiv(width, channels), min(4, max(1, channels // 256)))
+
+
+def refusal(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Exception | None:
+    """The error for operands of a sparse product that the kernels do not take, with what was found; None if they do."""
+    found = ", ".join(
+        f"{name} {tuple(t.shape)} {t.dtype} strides {t.stride()} on {t.device}"
+        for name, t in (("values", values_NK), ("indices", indices_NK), ("W", W_FD))
+    )
+    if W_FD.dtype not in FLOATS or values_NK.dtype != W_FD.dtype:
+        return TypeError(f"values and W must both be float32, bfloat16 or float16; got {found}")
+    if indices_NK.dtype not in INTEGERS:
+        return TypeError(f"indices must be int32 or int64; got {found}")
+    if values_NK.dim() != 2 or values_NK.shape != indices_NK.shape or W_FD.dim() != 2:
+        return ValueError(f"values and indices must be [N, K], W must be [F, D]; got {found}")
+    if not values_NK.device == indices_NK.device == W_FD.device:
+        return ValueError(f"values, indices and W must lie on one device; got {found}")
+    if not W_FD.is_contiguous():
+        return ValueError(f"W must be contiguous, a copy of it at every call would cost more than the kernel; got {found}")
+    if values_NK.numel() >= 2**31 or not 1 <= W_FD.shape[1] <= MAX_WIDTH or not 1 <= len(W_FD) < 2**31:
+        return ValueError(f"N * K and F must be below 2^31, D must lie in 1..{MAX_WIDTH}, F must not be 0; got {found}")
+    return None
+
+
+def check(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> None:
+    """Raise what :func:`refusal` finds: ``TypeError`` for a type, ``ValueError`` for a shape, a device or strides."""
+    error = refusal(values_NK, indices_NK, W_FD)
+    if error is not None:
+        raise error
