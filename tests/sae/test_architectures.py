@@ -1,0 +1,200 @@
+"""The contract of every architecture, and of outside ones given by ``--plugin module:object``.
+
+N tokens, D = d_in, F = d_sae.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planted import planted
+from torch import Tensor
+
+from sae import checkpoint, losses, metrics, optim
+from sae.base import SAE, TrainState
+from sae.config import InputNorm, SAEConfig, TrainConfig
+from sae.plugins import find, names
+
+D, F, K = 12, 24, 3
+PACKAGE = "sae.architectures"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", [*names(PACKAGE), *metafunc.config.getoption("--plugin")])
+
+
+def config(name: str, **changes: Any) -> SAEConfig:
+    activation = find(PACKAGE, name).activation
+    fields: dict[str, Any] = {
+        "architecture": name, "activation": activation, "d_in": D, "d_out": D, "d_sae": F,
+        "k": K if activation == "topk" else None, "apply_b_dec_to_input": True,
+        "input_norm": InputNorm(kind="layer_norm"), "decoder_unit_norm": True, "sae_id": f"tiny.{name}", "meta": None,
+        "train_tokens": 0, "train_steps": 0, "seed": 0,
+    }  # fmt: skip
+    return SAEConfig(**(fields | changes))
+
+
+X_ND = planted(n=3_000, d=D, g=16, l0=2).x_ND
+
+
+def make(name: str, **changes: Any) -> SAE:
+    sae: SAE = find(PACKAGE, name)(config(name, **changes))
+    sae.initialise(sae.normalise(X_ND)[0], 0)
+    return sae
+
+
+def state_of(sae: SAE, **changes: Any) -> TrainState:
+    n = sae.normalise(X_ND.to(sae.W_dec_FD.dtype))[0]
+    defaults: dict[str, Any] = {"architecture": sae.cfg.architecture, "d_sae": F, "k": K, "aux_k": 4, "lr": 1e-2}
+    return TrainState(
+        cfg=TrainConfig(**(defaults | changes)), v0=float(losses.variance(n)),
+        input_rms_norm=float(n.square().sum(1).mean().sqrt()),
+        last_fired_tokens_F=torch.zeros(F, dtype=torch.int64), d_in=D,
+    )  # fmt: skip
+
+
+def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(loss, z_NF) by plain autograd over N x F, from the definitions of TRAINING 3 and 5."""
+    h = (n - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F
+    if sae.activation == "topk":
+        kept = torch.topk(h, K, dim=1).indices
+        z = (h * torch.zeros_like(h).scatter(1, kept, 1.0)).relu()
+    else:
+        z = h.relu()
+    y = z @ sae.W_dec_FD + sae.b_dec_D
+    loss = (n - y).square().sum(1).mean() / state.v0
+    if sae.cfg.architecture == "relu":
+        loss = loss + state.sparsity_ramp * state.cfg.l1 * z.sum(1).mean() / state.input_rms_norm
+    if dead is not None:
+        top = torch.topk(torch.where(dead, h, -torch.inf), min(state.cfg.aux_k, int(dead.sum())), dim=1)
+        z_aux = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
+        error = (n - y).detach()
+        loss = loss + state.cfg.aux_alpha * (z_aux @ sae.W_dec_FD - error).square().sum(1).mean() / state.v_e
+    return loss, z
+
+
+def test_there_are_architectures() -> None:
+    assert {"relu", "topk"} <= set(names(PACKAGE))
+
+
+def test_codes_are_the_same_sparse_and_dense_and_never_negative(name: str) -> None:
+    sae = make(name)
+    latents, z = sae.encode_sparse(X_ND), sae.encode(X_ND)
+    assert latents.indices_NK.dtype == torch.int64 and latents.values_NK.shape == latents.indices_NK.shape
+    assert bool((latents.values_NK >= 0).all())
+    assert 0 <= int(latents.indices_NK.min()) and int(latents.indices_NK.max()) < F
+    assert float((z > 0).sum()) == float((latents.values_NK > 0).sum()) > 0
+    torch.testing.assert_close(sae.decode(latents, X_ND), sae.decode(z, X_ND))
+    torch.testing.assert_close(sae(X_ND), sae.decode(z, X_ND))
+    assert sae.cfg.k is None or latents.values_NK.shape[1] == K
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_none_or_one_token(name: str, n: int) -> None:
+    sae = make(name)
+    assert sae(X_ND[:n]).shape == (n, D) and sae.encode(X_ND[:n]).shape == (n, F)
+    found = sae.training_loss(sae.normalise(X_ND[:n])[0], state_of(sae))
+    assert bool(torch.isfinite(found.total)) and found.y_ND.shape == (n, D)
+    found.total.backward()
+
+
+def test_a_token_does_not_depend_on_its_batch(name: str) -> None:
+    sae = make(name)
+    whole = sae.encode(X_ND[:40])
+    torch.testing.assert_close(torch.cat([sae.encode(X_ND[:7]), sae.encode(X_ND[7:40])]), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_sixteen_bit_inputs_are_computed_in_the_type_of_the_weights(name: str) -> None:
+    sae, x = make(name), X_ND[:20].bfloat16()
+    assert sae(x).dtype == torch.float32
+    assert torch.equal(sae(x), sae(x.float()))
+
+
+def test_the_start_is_a_function_of_the_seed(name: str) -> None:
+    a, b = make(name), make(name)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    fvu = metrics.fvu(X_ND, a(X_ND))
+    assert fvu is not None and fvu < 1.0, "the scaled start is better than the mean"
+
+
+@pytest.mark.parametrize("dead_share", [0.0, 0.3, 1.0])
+def test_the_gradient_of_the_loss_equals_dense_autograd(name: str, dead_share: float) -> None:
+    """float64, every parameter, with the auxiliary loss where the architecture has one."""
+    sae = make(name).double()
+    with torch.no_grad():
+        sae.b_enc_F.add_(0.02 * torch.randn(F, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
+    state = state_of(sae, aux_alpha=0.5, l1=0.3)
+    state.tokens, state.v_e, state.sparsity_ramp = 10**9, 0.7, 0.4
+    state.last_fired_tokens_F[round(dead_share * F) :] = state.tokens
+    reference, n = copy.deepcopy(sae), sae.normalise(X_ND[:50].double())[0]
+    found = sae.training_loss(n, state)
+    has_aux = float(found.aux) > 0
+    assert has_aux == (sae.activation == "topk" and dead_share > 0)
+    want, z = dense_loss(reference, n, state, state.dead_F if has_aux else None)
+    assert float(found.total.detach()) == pytest.approx(float(want.detach()), rel=1e-12)
+    assert float(found.mse + found.aux + found.sparsity) == pytest.approx(float(found.total.detach()), rel=1e-12)
+    assert found.l0 == pytest.approx(float((z > 0).sum()) / len(n))
+    found.total.backward()
+    want.backward()
+    for (key, p), q in zip(sae.named_parameters(), reference.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert float((p.grad - q.grad).abs().max()) <= 1e-10 * max(1.0, float(q.grad.abs().max())), key
+
+
+def test_the_auxiliary_loss_teaches_the_encoder_of_the_dead(name: str) -> None:
+    sae = make(name)
+    if sae.activation != "topk":
+        pytest.skip("no auxiliary loss")
+    state = state_of(sae, aux_alpha=1.0)
+    state.tokens, state.v_e = 10**9, 0.5
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[:6] = True
+    state.last_fired_tokens_F[~dead] = state.tokens
+    with torch.no_grad():
+        sae.b_enc_F[dead] = -1e-3
+        sae.W_enc_FD[dead] *= 0.01  # too weak to be selected, positive on some token
+    n = sae.normalise(X_ND[:64])[0]
+    latents = sae.encode_sparse(X_ND[:64])
+    assert not bool(dead[latents.indices_NK[latents.values_NK > 0]].any()), "the main loss does not reach them"
+    found = sae.training_loss(n, state)
+    found.total.backward()
+    assert found.aux_active > 0
+    for parameter in (sae.W_enc_FD, sae.b_enc_F, sae.W_dec_FD):
+        assert parameter.grad is not None and float(parameter.grad[dead].abs().max()) > 0
+
+
+def test_training_lowers_the_error_and_keeps_rows_unit(name: str) -> None:
+    sae = make(name)
+    state = state_of(sae, l1=0.003)
+    adam = optim.adam(list(sae.parameters()), state.cfg)
+    before = metrics.fvu(X_ND, sae(X_ND))
+    for start in range(0, 3_000, 250):
+        found = sae.training_loss(sae.normalise(X_ND[start : start + 250])[0], state)
+        found.total.backward()
+        assert sae.W_dec_FD.grad is not None
+        optim.project_gradient_(sae.W_dec_FD.grad, sae.W_dec_FD)
+        adam.step()
+        adam.zero_grad()
+        optim.normalise_rows_(sae.W_dec_FD)
+        state.after_step(250, found)
+    after = metrics.fvu(X_ND, sae(X_ND))
+    assert before is not None and after is not None and after < 0.8 * before
+    assert float((sae.W_dec_FD.norm(dim=1) - 1).abs().max()) <= 1e-5
+
+
+def test_a_saved_sae_gives_the_same_codes(name: str, tmp_path: Path) -> None:
+    sae = make(name)
+    checkpoint.save(sae, tmp_path / "sae", X_ND)
+    back = checkpoint.load(tmp_path / "sae")
+    assert type(back) is type(sae) and back.cfg == sae.cfg
+    assert torch.equal(back.encode(X_ND), sae.encode(X_ND)) and torch.equal(back(X_ND), sae(X_ND))
+
+
+def test_nan_in_the_input_reaches_the_loss(name: str) -> None:
+    sae = make(name)
+    n = sae.normalise(X_ND[:8])[0].clone()
+    n[3, 1] = torch.nan
+    assert not bool(torch.isfinite(sae.training_loss(n, state_of(sae)).total))
