@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
 def blocks(width: int) -> Blocks:
     """Settings for rows of ``width`` channels (at least 1).
 
-    They are data, not a timing made in the run: another block is another order of sums, so equal inputs give equal bits.
+    They are data, not a timing made in the run: another block would be another order of sums, hence other bits.
     """
     channels = min(MAX_BLOCK, max(16, triton.next_power_of_2(width)))
     return Blocks(channels, triton.cdiv(width, channels), min(4, max(1, channels // 256)))
@@ -55,7 +55,7 @@ def refusal(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Exception | 
     if not values_NK.device == indices_NK.device == W_FD.device:
         return ValueError(f"values, indices and W must lie on one device; got {found}")
     if not W_FD.is_contiguous():
-        return ValueError(f"W must be contiguous, a copy of it at every call would cost more than the kernel; got {found}")
+        return ValueError(f"W must be contiguous, a copy at every call would cost more than the kernel; got {found}")
     if values_NK.numel() >= 2**31 or not 1 <= W_FD.shape[1] <= MAX_WIDTH or not 1 <= len(W_FD) < 2**31:
         return ValueError(f"N * K and F must be below 2^31, D must lie in 1..{MAX_WIDTH}, F must not be 0; got {found}")
     return None

@@ -2,7 +2,7 @@
 
 Shapes: N tokens, K slots per token, F = d_sae, D = d_in, C = ``launch.CHUNK`` entries per chunk. No atomics anywhere:
 every output has one writer and every sum a fixed order, so equal inputs give equal bits. Sums are float32 whatever the
-type of the operands; each load is cast at once (16-bit arithmetic is wrong in Triton's interpreter, imprecise on a GPU).
+type of the operands; each load is cast at once: 16-bit arithmetic is wrong in Triton's interpreter and coarse on a GPU.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def _values_kernel(  # type: ignore[no-untyped-def]
     used = slots < n_slots
     latents = tl.load(indices_ptr + token * n_slots + slots, mask=used, other=0).to(tl.int64)
     valid = used & (latents >= 0) & (latents < n_latents)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
+    total = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)  # summed over channels once, after the loop: one barrier
     for start in range(0, width, CHANNELS):
         channels = start + tl.arange(0, CHANNELS)
         inside = channels < width
@@ -33,8 +33,9 @@ def _values_kernel(  # type: ignore[no-untyped-def]
         rows = tl.load(
             w_ptr + latents[:, None] * width + channels[None, :], mask=valid[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
-        total += tl.sum(rows * grad[None, :], axis=1)
-    tl.store(out_ptr + token * n_slots + slots, total.to(out_ptr.dtype.element_ty), mask=used)
+        total += rows * grad[None, :]
+    sums = tl.sum(total, axis=1)
+    tl.store(out_ptr + token * n_slots + slots, sums.to(out_ptr.dtype.element_ty), mask=used)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _combine_kernel(part_ptr, slot_ptr, out_ptr, width, CHANNELS: tl.constexpr):
 def values_gradient(grad_ND: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     """``out_NK = <grad_ND[n], W_FD[indices_NK]>`` in the type of W; 0 for an index outside 0..F - 1.
 
-    Operands are contiguous and checked by :func:`sae_kernels.launch.check`; Gao et al. (arXiv 2406.04093), appendix D.2.
+    Operands are contiguous and passed ``launch.check``; Gao et al. (arXiv 2406.04093), appendix D.2.
     """
     out_NK = torch.empty(indices_NK.shape, dtype=W_FD.dtype, device=W_FD.device)
     if out_NK.numel() == 0:

@@ -1,0 +1,62 @@
+"""Every kernel compiles for NVIDIA GPUs, on a machine without one: machine code, wide loads, no register spills.
+
+In a process of its own, since TRITON_INTERPRET is read when the kernels are defined.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+PROGRAM = '''
+import pathlib, subprocess, sys, tempfile
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sae_kernels import launch, sparse_decode, sparse_grad
+
+TOOL = pathlib.Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+FLOATS = {"values_ptr", "w_ptr", "grad_ptr", "out_ptr"}
+KERNELS = (sparse_decode._decode_kernel, sparse_grad._values_kernel, sparse_grad._weights_kernel,
+           sparse_grad._combine_kernel)
+
+def compiled(kernel, element, capability, width):
+    size = launch.blocks(width)
+    constants = {"ROWS": launch.ROWS, "CHUNK": launch.CHUNK, "CHANNELS": size.channels}
+    constants = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = "*" + element if name in FLOATS else "*fp32" if name == "part_ptr" else "*i64"
+        signature[name] = "constexpr" if (i,) in constants else kind if name.endswith("_ptr") else "i32"
+        if name.endswith("_ptr") or name == "width":
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": size.warps})
+
+for kernel in KERNELS:
+    for element, capability, width in (("fp32", 90, 576), ("bf16", 80, 4096)):
+        made = compiled(kernel, element, capability, width)
+        name = f"{kernel.__name__} {element} sm_{capability} D={width}"
+        assert ".v4.b32" in made.asm["ptx"], f"{name}: no 16-byte access"
+        assert made.metadata.shared <= 49152, f"{name}: {made.metadata.shared} B of shared memory"
+        if TOOL.exists():
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(made.asm["cubin"]); file.flush()
+                text = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+            assert "STACK:0 " in text, f"{name}: spills: {text}"
+        print("compiled", name)
+'''
+
+
+def test_all_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    paths = os.pathsep.join(p for p in sys.path if p)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    program = tmp_path / "compile_all.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    assert done.stdout.count("compiled") == 8
