@@ -76,7 +76,9 @@ class Decoder:
         A word goes on while letters or digits touch: "un" + "likely" is one word, " 3" + ")" are two.
         """
         pieces = [self.piece(t) for t in token_ids]
-        starts = [0] if pieces else []
+        if not pieces:
+            return []
+        starts = [0]
         for i in range(1, len(pieces)):
             before, here = pieces[i - 1][-1:], pieces[i][:1]
             if not (_joins(before) and _joins(here)):
@@ -120,10 +122,15 @@ def named(word: str) -> str:
 
 
 def peak_word(decoder: Decoder, exemplar: Exemplar) -> tuple[str, str]:
-    """(the word that holds the peak, the word before it or ""); ("", "") for a silent window."""
+    """(the word that holds the peak, the word before it or ""); ("", "") for a silent window. Spaces between words are
+    no words here."""
     if exemplar.peak < 0:
         return "", ""
-    words = decoder.words(exemplar.token_ids)
+    words = [
+        w
+        for w in decoder.words(exemplar.token_ids)
+        if w.text != INVISIBLE[" "] or w.first <= exemplar.peak <= w.last
+    ]
     at = next(i for i, w in enumerate(words) if w.first <= exemplar.peak <= w.last)
     return words[at].text, words[at - 1].text if at else ""
 

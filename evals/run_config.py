@@ -96,7 +96,7 @@ def paper() -> RunConfig:
         train=TrainConfig(
             d_sae=32_768, train_tokens=500_000_000, batch_tokens=32_768, lr=1.4e-4, dead_tokens=10_000_000
         ),
-        exemplars=ExemplarConfig(score_positive=50, score_silent=50),
+        exemplars=ExemplarConfig(score_positive=50, score_silent=50, explain_random=16),
         interp=InterpConfig(latents=1_000),
     )
 

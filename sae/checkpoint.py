@@ -6,6 +6,7 @@ silent: they only make the reconstruction worse.
 
 import json
 import struct
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from sae.base import SAE
-from sae.config import SAEConfig, from_dict, to_dict
+from sae.config import InputNorm, SAEConfig, from_dict, to_dict
 from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, DataError
 from sae.manifest import canonical_json, sha256_text
 from sae.ops import SparseLatents, to_dense
@@ -151,9 +152,15 @@ def _read_cfg(path: Path) -> tuple[SAEConfig, str]:
     if not isinstance(values, dict) or values.get("format") != "saescope":
         raise ArtefactError(f'{path} does not say "format": "saescope": the file of another library; convert it first')
     try:
-        return from_dict(SAEConfig, values), sha256_text(text)
+        cfg = from_dict(SAEConfig, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    # No field has a default when it is read: what a file does not say is not guessed (FORMATS, rule of the house).
+    for prefix, found, kind in (("", values, SAEConfig), ("input_norm.", values["input_norm"], InputNorm)):
+        absent = [f.name for f in fields(kind) if f.name not in found]
+        if absent:
+            raise ConfigError(f"{path} lacks {', '.join(prefix + n for n in absent)}; expected every field of an SAE")
+    return cfg, sha256_text(text)
 
 
 def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...] | None]) -> tuple[dict[str, Tensor], dict[str, str]]:

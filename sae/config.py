@@ -3,10 +3,12 @@
 Free of torch, so that ``--help`` is quick.
 """
 
+import numbers
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from sae.errors import ConfigError, did_you_mean
@@ -20,19 +22,44 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Strict: an unknown key or a missing required field is a :class:`ConfigError`."""
+    """Strict: an unknown key, a missing required field or a value of another type is a :class:`ConfigError`."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{kind.__name__}: expected an object, got {type(values).__name__}")
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    for name in values:
+    hints = _hints(kind)  # type: ignore[arg-type]
+    for name, value in values.items():
         if name not in known:
             raise ConfigError(f"{kind.__name__} has no field {name!r}{did_you_mean(name, known)}")
+        if not _fits(hints[name], value):
+            wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else str(hints[name])
+            raise ConfigError(f"{kind.__name__}.{name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
     arguments = {name: _coerce(hints[name], value) for name, value in values.items()}
     try:
         return kind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+_SCALARS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, str: str, types.NoneType: types.NoneType}
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Is a JSON value one of the words or of the scalar type asked for? Other types are left to their own checks."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    if hint in _SCALARS:
+        return isinstance(value, _SCALARS[hint]) and not isinstance(value, bool)
+    if is_dataclass(hint):
+        return isinstance(value, Mapping)
+    return hint is not bool or isinstance(value, bool)
 
 
 def _coerce(hint: Any, value: Any) -> Any:
@@ -123,7 +150,7 @@ class TrainConfig:
     """Number of latents."""
     k: int | None = 32
     """Active latents per token (topk); ignored by relu."""
-    l1: float = 0.01
+    l1: float = 0.2
     """Sparsity coefficient (relu), in units of the normalised loss."""
     lr: float = 1e-3
     """Adam learning rate."""
@@ -131,9 +158,9 @@ class TrainConfig:
     """Linear warm-up."""
     lr_decay_share: float = 0.25
     """Last share of the steps over which the learning rate falls linearly to 0; 0 keeps it constant."""
-    batch_tokens: int = 4_096
+    batch_tokens: int = 2_048
     """Tokens per optimiser step."""
-    train_tokens: int = 524_288
+    train_tokens: int = 249_856
     """Tokens seen in all; more than the store holds means several passes."""
     input_norm: Literal["layer_norm", "none"] = "layer_norm"
     """Per-token input normalisation (TRAINING 2)."""

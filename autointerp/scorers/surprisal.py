@@ -52,7 +52,8 @@ class Surprisal:
                 self._drawn(jobs[i].calibrate, self.calibrate // 2, self.calibrate - self.calibrate // 2))
             for i in judged if jobs[i].explanation.text is not None
         }  # fmt: skip
-        values = self._ask(jobs, windows, Decoder(ctx.tokenizer), ctx.client)
+        asked = {i: drawn for i, drawn in windows.items() if all(drawn)}  # the others cannot be scored: ask nothing
+        values = self._ask(jobs, asked, Decoder(ctx.tokenizer), ctx.client)
         judge = ctx.client.identity.model
         return [
             self._score(job, windows.get(i), values, judge) if i in judged else ScoreResult()

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae import losses, ops
 from sae.base import SAE, StepLoss, TrainState, step_loss
 
-START_DENSITY = 0.05
+START_DENSITY = 0.02
 """Share of latents active per token at the start; see :meth:`ReLU.initialise`."""
 QUANTILE_ENTRIES = 2**24
 

@@ -115,7 +115,9 @@ def test_a_foreign_cfg(folder: Path, text: str) -> None:
         ({"topk": 3}, "topk"), ({"k": 21}, "21"), ({"format_version": 2}, "format_version"), ({"d_sae": 0}, "d_sae"),
         ({"k": None}, "needs k"), ({"architecture": "tpok"}, "cfg_sha256"), ({"activation": "relu"}, "cfg_sha256"),
         ({"d_sae": 19}, "W_enc_DF"), ({"d_in": 11, "d_out": 11}, "W_enc_DF"),
-        ({"input_norm": {"kind": "layer_norm", "epsilon": 1}}, "epsilon"),
+        ({"input_norm": {"kind": "layer_norm", "epsilon": 1}}, "epsilon"), ({"input_norm": "layer_norm"}, "input_norm"),
+        ({"input_norm": {"kind": "layernorm"}}, "layernorm"), ({"weights_dtype": "float16"}, "float16"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input"), ({"d_sae": 20.0}, "d_sae"),
     ],
 )  # fmt: skip
 def test_a_cfg_that_cannot_be_used(folder: Path, changes: dict[str, Any], named: str) -> None:
@@ -124,11 +126,21 @@ def test_a_cfg_that_cannot_be_used(folder: Path, changes: dict[str, Any], named:
         checkpoint.load(folder)
 
 
-def test_a_cfg_without_a_field(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["apply_b_dec_to_input", "weights_dtype", "format_version", "input_norm", "source"])
+def test_a_cfg_without_a_field(folder: Path, name: str) -> None:
     values = json.loads((folder / checkpoint.CFG).read_text())
-    del values["apply_b_dec_to_input"]
+    del values[name]
     (folder / checkpoint.CFG).write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="apply_b_dec_to_input"):
+    with pytest.raises(ConfigError, match=name):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["eps", "ddof", "center"])
+def test_an_input_norm_without_a_field(folder: Path, name: str) -> None:
+    norm = json.loads((folder / checkpoint.CFG).read_text())["input_norm"]
+    del norm[name]
+    edit_cfg(folder, input_norm=norm)
+    with pytest.raises(ConfigError, match=f"input_norm.{name}"):
         checkpoint.load(folder)
 
 

@@ -35,8 +35,22 @@ def test_missing_field_is_an_error():
         from_dict(SAEConfig, {"architecture": "topk"})
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"d_sae": "64"}, {"d_sae": True}, {"d_sae": 64.5}, {"lr": "1e-3"}, {"architecture": 3}, {"k": [1]},
+     {"input_norm": "layernorm"}],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(values: dict):
+    with pytest.raises(ConfigError, match=rf"TrainConfig\.{next(iter(values))}: expected .*, got"):
+        from_dict(TrainConfig, values)
+
+
+def test_whole_numbers_serve_as_floats_and_null_where_it_is_allowed():
+    assert from_dict(TrainConfig, {"lr": 1, "k": None, "architecture": "relu"}).lr == 1
+
+
 def test_plugins_are_files():
-    assert plugins.names("sae.architectures") == ["relu", "topk"]
+    assert {"relu", "topk"} <= set(plugins.names("sae.architectures"))
     with pytest.raises(UnknownPlugin, match="did you mean 'topk'"):
         plugins.find("sae.architectures", "topkk")
     assert plugins.find("sae.architectures", "json:dumps")([1]) == "[1]"

@@ -36,7 +36,12 @@ def test_a_damaged_lean_pass_is_noticed(tiny_lm: LanguageModel):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}]
+    "changed",
+    [
+        {"attention_bias": True},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    ],
 )
 def test_models_of_another_shape_do_not_suit(changed: dict):
     config = LlamaConfig(
