@@ -1,0 +1,89 @@
+"""Windows as words: every token once, peaks found, the deterministic description."""
+
+import pytest
+from tiny import byte_tokenizer
+
+from autointerp.records import Exemplar, LatentView
+from autointerp.texts import Decoder, deal, list_text, marked_words, named, peak_word, readable, words_before
+
+TOKENIZER = byte_tokenizer()
+
+
+def exemplar(text: str, marked: str = "", act: float = 1.0, kind: str = "top", number: int = 0, group: int = -1):
+    ids = tuple(TOKENIZER.encode(text, add_special_tokens=False))
+    acts, peak = [0.0] * len(ids), -1
+    if marked:
+        peak = text.index(marked)
+        acts[peak : peak + len(marked)] = [act] * len(marked)
+    return Exemplar(
+        exemplar_id=f"{kind}{number}", latent=0, kind=kind, split="explain", token_ids=ids, acts=tuple(acts), peak=peak,
+        group=group,
+    )  # fmt: skip
+
+
+def view(*exemplars: Exemplar) -> LatentView:
+    return LatentView(sae_id="s", latent=0, exemplars=exemplars, density=0.1, max_act=4.0)
+
+
+@pytest.mark.parametrize("text", ["The cat's 3 (red) hats.", " a\n\nb\tc", "über naïve 猫 x", "", "...", "x"])
+def test_words_cover_every_token_once_and_in_order(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    words = Decoder(TOKENIZER).words(ids)
+    covered = [i for w in words for i in range(w.first, w.last + 1)]
+    assert covered == list(range(len(ids)))
+    assert all(w.text for w in words)
+
+
+def test_letters_join_and_marks_stand_alone() -> None:
+    words = [w.text for w in Decoder(TOKENIZER).words(TOKENIZER.encode("unlikely (3rd) day", add_special_tokens=False))]
+    assert [w for w in words if w != "space"] == ["unlikely", "(", "3rd", ")", "day"]
+    # Characters of several byte tokens stay whole.
+    assert Decoder(TOKENIZER).words(TOKENIZER.encode("über", add_special_tokens=False))[0].text == "über"
+
+
+def test_invisible_words_and_marks_have_names() -> None:
+    assert (readable("\n"), readable(" \t"), readable("  "), readable(" cat ")) == ("line break", "tab", "space", "cat")
+    assert named("?") == "question mark ?" and named("cat") == "cat"
+
+
+def test_around_keeps_the_peak_and_the_length() -> None:
+    e = exemplar("abcdefghijklmnopqrstuvwxyz", "x")
+    assert 'x' in Decoder(TOKENIZER).around(e, 8)
+    assert len(Decoder(TOKENIZER).around(e, 8)) == 8
+    assert Decoder(TOKENIZER).around(exemplar("abc"), 8) == "abc"
+
+
+def test_peak_word_and_the_word_before() -> None:
+    assert peak_word(Decoder(TOKENIZER), exemplar("don't (stop) now", "stop")) == ("stop", "(")
+    assert peak_word(Decoder(TOKENIZER), exemplar("nothing")) == ("", "")
+
+
+def test_marked_words_add_up_over_windows_without_case() -> None:
+    found = marked_words(
+        Decoder(TOKENIZER),
+        view(exemplar("the cat", "cat", 4.0), exemplar("The Cat sat", "Cat", 2.0), exemplar("a dog", "dog", 4.0),
+             exemplar("silent words", kind="silent")),
+    )  # fmt: skip
+    assert found == [("cat", 1.5), ("dog", 1.0)]
+
+
+def test_the_description_lists_words_and_what_stands_before() -> None:
+    stop = [exemplar(f"don't (stop{c})", f"stop{c}", 4.0, number=i) for i, c in enumerate("abc")]
+    assert list_text(Decoder(TOKENIZER), view(*stop)) == (
+        "words such as stopa, stopb, stopc, after opening bracket ("
+    )
+    assert words_before(Decoder(TOKENIZER), view(exemplar("the cat", "cat"))) == []  # once is no habit
+    assert list_text(Decoder(TOKENIZER), view(exemplar("a cat", "cat"))) == "the word cat"
+    assert list_text(Decoder(TOKENIZER), view(exemplar("silent", kind="silent"))) is None
+
+
+def test_accidents_of_one_window_are_left_out() -> None:
+    often = [exemplar(f"a cat {i}", "cat", 4.0, number=i) for i in range(12)]
+    once = exemplar("a dog", "dog", 4.0, number=99)
+    assert list_text(Decoder(TOKENIZER), view(*often, once)) == "the word cat"
+
+
+def test_dealing_takes_every_group_in_turn() -> None:
+    found = deal([exemplar("x", number=i, kind="quantile", group=i // 3) for i in range(6)])
+    assert [e.group for e in found] == [0, 1, 0, 1, 0, 1]
+    assert deal([]) == []
