@@ -80,7 +80,7 @@ def test_the_description_lists_words_and_what_stands_before() -> None:
 def test_accidents_of_one_window_are_left_out() -> None:
     often = [exemplar(f"a cat {i}", "cat", 4.0, number=i) for i in range(12)]
     once = exemplar("a dog", "dog", 4.0, number=99)
-    assert list_text(Decoder(TOKENIZER), view(*often, once)) == "the word cat"
+    assert list_text(Decoder(TOKENIZER), view(*often, once)) == "the word cat, after a"
 
 
 def test_dealing_takes_every_group_in_turn() -> None:
