@@ -4,6 +4,7 @@ Everything is asked for in whole lists, so that plug-ins may batch; what was ask
 a killed run asks nothing twice. Output is sorted before it is written.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -54,13 +55,24 @@ class Scores(NamedTuple):
 def _identity(plugins: Sequence[Any], ctx: ExplainContext | ScoreContext) -> dict[str, Any]:
     """Who answers: part of the key. Only what the plug-ins use counts."""
     needs = frozenset().union(*(p.needs for p in plugins)) if plugins else frozenset()
-    who: dict[str, Any] = {"plugins": {p.name: p.version for p in plugins}, "seed": ctx.seed}
+    who: dict[str, Any] = {"plugins": {p.name: _options(p) for p in plugins}, "seed": ctx.seed}
     if any(n.startswith("client:") for n in needs) and ctx.client is not None:
         identity = ctx.client.identity
         who["client"] = {"model": identity.model, "endpoint": identity.endpoint, "revision": identity.revision}
     if ctx.embedder is not None and ("embedder" in needs or isinstance(ctx, ExplainContext)):
         who["embedder"] = getattr(ctx.embedder, "model_hash", ctx.embedder.name)
     return who
+
+
+def _options(plugin: Any) -> dict[str, Any]:
+    """Version and settings of a plug-in: the constructor's arguments that it keeps under their names as numbers, texts
+    or None, and its ``inputs`` (hashes of data files), if it has any."""
+    names = inspect.signature(type(plugin)).parameters
+    plain = (bool, int, float, str, type(None))
+    kept = {k: v for k, v in vars(plugin).items() if k in names and isinstance(v, plain)}
+    if (prompt := getattr(plugin, "prompt", None)) is not None:
+        kept["prompt_sha256"] = prompt.sha256
+    return kept | getattr(plugin, "inputs", {}) | {"version": plugin.version}
 
 
 def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) -> tuple[list[Any], list[Scorer]]:
@@ -164,7 +176,7 @@ def score(
     jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
     results: list[ScoreResult] = []
     for scorer in scorers:
-        results += scorer.score_many(jobs, ctx)
+        results += scorer.score_many(jobs_for(scorer, jobs), ctx)
     scores = sorted((s for r in results for s in r.scores), key=_score_order)
     items = sorted((i for r in results for i in r.items), key=lambda i: (i.scorer, i.explanation_id, i.exemplar_id))
     simulations = sorted(
@@ -201,6 +213,27 @@ def make_jobs(explanations: Sequence[Explanation], exemplars: ExemplarTable, see
         for here, there in zip(order, np.roll(order, 1), strict=True):  # one cycle: no text stays at home
             jobs.append(_job(group[int(there)], group[int(here)].latent, exemplars, SHUFFLED))
     return jobs
+
+
+def jobs_for(scorer: Scorer, jobs: Sequence[ScoreJob]) -> list[ScoreJob]:
+    """The jobs that a scorer wants: all, unless it says otherwise because each is dear.
+
+    ``scorer.max_latents``: those of so many latents, spread evenly over the sample. ``scorer.selected_only``: of each
+    latent its selected explanation, and its floor by the same explainer.
+    """
+    most, selected_only = getattr(scorer, "max_latents", None), getattr(scorer, "selected_only", False)
+    latents = sorted({job.latent for job in jobs})
+    if most is not None and most < len(latents):
+        latents = [latents[i] for i in np.linspace(0, len(latents) - 1, most).round().astype(int)]
+    wanted = set(latents)
+    explainers = {(j.latent, j.explanation.explainer) for j in jobs if not j.floor_kind and j.explanation.selected}
+    return [
+        job
+        for job in jobs
+        if job.latent in wanted
+        and (not selected_only or (job.latent, job.explanation.explainer) in explainers)
+        and (not selected_only or job.floor_kind or job.explanation.selected)
+    ]
 
 
 def _job(explanation: Explanation, latent: int, exemplars: ExemplarTable, floor_kind: str) -> ScoreJob:

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from autointerp.client import ContinuationRequest, LogprobReply, Origin
-from autointerp.concepts import Bank, load_bank
+from autointerp.concepts import BANK, Bank, load_bank
 from autointerp.interfaces import EmbedderLike, ExplainContext
 from autointerp.records import Exemplar, Explanation, Failure, LatentView
 from autointerp.texts import Decoder, marked_words, named, pmi_continuation, pmi_prompt
+from sae.manifest import sha256_file
 
 FLOOR_QUANTILE = 0.8
 """The true contrast must exceed this share of the shuffled ones."""
@@ -46,6 +47,7 @@ class Pmi:
     def __init__(self, *, active: int = 4, silent: int = 2, shortlist: int = 5, window_tokens: int = 24) -> None:
         """Windows and labels per latent: their product is what the language model has to read."""
         self.active, self.silent, self.shortlist, self.window_tokens = active, silent, shortlist, window_tokens
+        self.inputs = {"bank_sha256": sha256_file(BANK)}
 
     def explain_many(self, views: list[LatentView], ctx: ExplainContext) -> list[list[Explanation]]:
         """One explanation per view, or `too_few_positive`, `no_candidate` (nothing beats the shuffled floor), or the

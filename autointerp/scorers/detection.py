@@ -55,6 +55,7 @@ class Detection:
         require(mode in ("auto", "logprob", "list"), f"mode must be auto, logprob or list, got {mode!r}")
         require(per_request >= 1, f"per_request must be positive, got {per_request}")
         self.mode, self.per_request = mode, per_request
+        self.inputs = {name: load_prompt(name).sha256 for name in ("detection_logprob", "detection_list")}
 
     def score_many(self, jobs: list[ScoreJob], ctx: ScoreContext) -> list[ScoreResult]:
         """One result per job. :class:`Unsupported` where the client lacks the mode's verb."""

@@ -46,9 +46,10 @@ class SimulationScorer:
 
         ``windows_per_sign``: at most this many positive (spread over the quantile groups) and silent windows.
         """
-        self.simulator_name, self.calibration = simulator, calibration
+        self.calibration = calibration
         self.windows_per_sign, self.calibrate_per_sign = windows_per_sign, calibrate_per_sign
         self.simulator: Simulator = find("autointerp.simulators", simulator)()
+        self.inputs = {"simulator": simulator, "simulator_version": self.simulator.version}
 
     @property
     def needs(self) -> frozenset[str]:

@@ -34,41 +34,34 @@ class Surprisal:
     metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
 
     def __init__(
-        self, *, positive: int = 10, silent: int = 10, calibrate: int = 10, max_latents: int | None = None
+        self,
+        *,
+        positive: int = 8,
+        silent: int = 8,
+        calibrate: int = 8,
+        max_latents: int | None = 8,
+        selected_only: bool = True,
     ) -> None:
         """At most this many windows per job; half of ``calibrate`` are positive.
 
-        ``max_latents``: only the jobs of this many latents per SAE (the first in the order given) are judged, the
-        others get no rows; None = all.
+        ``max_latents`` and ``selected_only`` tell the pipeline what to hand over, see
+        :func:`autointerp.pipeline.jobs_for`: every window and every text costs a pass of the language model.
         """
-        self.positive, self.silent, self.calibrate, self.max_latents = positive, silent, calibrate, max_latents
+        self.positive, self.silent, self.calibrate = positive, silent, calibrate
+        self.max_latents, self.selected_only = max_latents, selected_only
 
     def score_many(self, jobs: list[ScoreJob], ctx: ScoreContext) -> list[ScoreResult]:
         """One result per job; a window shared by several jobs is read once for all their explanations."""
         assert ctx.client is not None
-        judged = self._judged(jobs)
         windows = {
-            i: (self._drawn(jobs[i].exemplars, self.positive, self.silent),
-                self._drawn(jobs[i].calibrate, self.calibrate // 2, self.calibrate - self.calibrate // 2))
-            for i in judged if jobs[i].explanation.text is not None
+            i: (self._drawn(job.exemplars, self.positive, self.silent),
+                self._drawn(job.calibrate, self.calibrate // 2, self.calibrate - self.calibrate // 2))
+            for i, job in enumerate(jobs) if job.explanation.text is not None
         }  # fmt: skip
         asked = {i: drawn for i, drawn in windows.items() if all(drawn)}  # the others cannot be scored: ask nothing
         values = self._ask(jobs, asked, Decoder(ctx.tokenizer), ctx.client)
         judge = ctx.client.identity.model
-        return [
-            self._score(job, windows.get(i), values, judge) if i in judged else ScoreResult()
-            for i, job in enumerate(jobs)
-        ]
-
-    def _judged(self, jobs: Sequence[ScoreJob]) -> set[int]:
-        if self.max_latents is None:
-            return set(range(len(jobs)))
-        chosen: dict[str, list[int]] = {}
-        for job in jobs:
-            latents = chosen.setdefault(job.sae_id, [])
-            if job.latent not in latents and len(latents) < self.max_latents:
-                latents.append(job.latent)
-        return {i for i, job in enumerate(jobs) if job.latent in chosen[job.sae_id]}
+        return [self._score(job, windows.get(i), values, judge) for i, job in enumerate(jobs)]
 
     @staticmethod
     def _drawn(exemplars: Sequence[Exemplar], positive: int, silent: int) -> list[Exemplar]:
