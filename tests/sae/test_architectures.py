@@ -171,7 +171,7 @@ def test_training_lowers_the_error_and_keeps_rows_unit(name: str) -> None:
     state = state_of(sae, l1=0.003)
     adam = optim.adam(list(sae.parameters()), state.cfg)
     before = metrics.fvu(X_ND, sae(X_ND))
-    for start in range(0, 3_000, 250):
+    for start in [*range(0, 3_000, 250)] * 3:
         found = sae.training_loss(sae.normalise(X_ND[start : start + 250])[0], state)
         found.total.backward()
         assert sae.W_dec_FD.grad is not None
@@ -181,7 +181,7 @@ def test_training_lowers_the_error_and_keeps_rows_unit(name: str) -> None:
         optim.normalise_rows_(sae.W_dec_FD)
         state.after_step(250, found)
     after = metrics.fvu(X_ND, sae(X_ND))
-    assert before is not None and after is not None and after < 0.8 * before
+    assert before is not None and after is not None and after < 0.6 * before
     assert float((sae.W_dec_FD.norm(dim=1) - 1).abs().max()) <= 1e-5
 
 
