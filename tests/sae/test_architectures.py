@@ -181,7 +181,7 @@ def test_training_lowers_the_error_and_keeps_rows_unit(name: str) -> None:
         optim.normalise_rows_(sae.W_dec_FD)
         state.after_step(250, found)
     after = metrics.fvu(X_ND, sae(X_ND))
-    assert before is not None and after is not None and after < 0.6 * before
+    assert before is not None and after is not None and after < 0.75 * before
     assert float((sae.W_dec_FD.norm(dim=1) - 1).abs().max()) <= 1e-5
 
 
