@@ -113,7 +113,7 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     if "pmi" in i.explainers:
         llm_tokens += i.latents * 6 * 60
     if "surprisal" in i.scorers:
-        llm_tokens += i.latents * 2 * 30 * 45
+        llm_tokens += min(i.latents, 8) * 24 * 66
     prompted = [s for s in (*i.explainers, *i.scorers) if s in ("highlighted", "detection", "fuzzing")]
     llm_tokens += i.latents * len(prompted) * 4_000
     local = i.client == "transformers"
@@ -126,7 +126,7 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     )
     seconds = n_subjects * i.latents * windows / 120
     if local:
-        seconds += n_subjects * i.latents * 2 * 30 * 45 * whole_s * ("surprisal" in i.scorers)
+        seconds += n_subjects * min(i.latents, 8) * 24 * 66 * whole_s * ("surprisal" in i.scorers)
     lines.append(
         PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0, n_subjects * llm_tokens)
     )

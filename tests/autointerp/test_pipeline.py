@@ -14,7 +14,16 @@ from autointerp.config import ExemplarConfig, InterpConfig
 from autointerp.exemplars import ExemplarTable, build_exemplars
 from autointerp.interfaces import ExplainContext, ScoreContext
 from autointerp.latent_cache import build_latents
-from autointerp.pipeline import explain, failures_of, load_plugins, make_jobs, open_explanations, open_scores, score
+from autointerp.pipeline import (
+    explain,
+    failures_of,
+    jobs_for,
+    load_plugins,
+    make_jobs,
+    open_explanations,
+    open_scores,
+    score,
+)
 from autointerp.records import Explanation, Failure, LatentView
 from autointerp.scorers.detection import PLUGIN as Detection
 from autointerp.scorers.embedding import PLUGIN as Embedding
@@ -212,3 +221,26 @@ def test_a_wrong_choice_is_refused_before_any_work(exemplars: ExemplarTable) -> 
         InterpConfig(explainers=("token_list",), scorers=("embedding",)), explaining, scoring
     )
     assert [p.name for p in (*explainers, *scorers)] == ["token_list", "embedding"]
+
+
+def test_a_dear_scorer_is_given_the_selected_texts_of_some_latents_and_their_floors(
+    tmp_path: Path, exemplars: ExemplarTable
+) -> None:
+    says = [Says(lambda i, c: f"{name} {i}", name=name) for name in ("a", "b")]  # noqa: B023
+    jobs = make_jobs(open_explanations(explain(tmp_path, exemplars, says, context(Coin()))), exemplars, 0)
+    embedding, dear = Embedding(), Embedding()
+    assert jobs_for(embedding, jobs) == jobs
+    dear.max_latents, dear.selected_only = 2, True
+    given = jobs_for(dear, jobs)
+    assert {j.latent for j in given} == {exemplars.latents[0], exemplars.latents[-1]}
+    true = {j.latent: j.explanation for j in given if not j.floor_kind}
+    floor = {j.latent: j.explanation for j in given if j.floor_kind}
+    assert len(given) == 4 and all(e.selected for e in true.values())
+    assert {i: e.explainer for i, e in floor.items()} == {i: e.explainer for i, e in true.items()}
+    assert all(floor[i].latent != i for i in floor)
+
+
+def test_a_setting_of_a_plugin_makes_another_artefact(tmp_path: Path, exemplars: ExemplarTable) -> None:
+    folder = explain(tmp_path, exemplars, [Says(lambda i, c: f"text {i}")], context())
+    one, two = (score(tmp_path, folder, exemplars, [Detection(per_request=n)], judge()[0]) for n in (5, 10))
+    assert one != two
