@@ -15,6 +15,8 @@ N_RESAMPLES = 2_000
 
 
 class Interval(NamedTuple):
+    """A 95 % interval."""
+
     low: float
     high: float
 

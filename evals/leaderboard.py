@@ -95,6 +95,19 @@ def _name(subject: BoardSubject) -> str:
     return f"{subject.short}" + (" (floor)" if subject.is_baseline else "")
 
 
+def _matched_section(board: Board) -> list[str]:
+    matched = matched_l0(board)
+    if not matched:
+        return []
+    rows = (
+        [m.column_id, f"{m.l0:g}", m.architecture, str(m.d_sae),
+         cell_text(Cell(value=m.value, ci_low=m.ci_low, ci_high=m.ci_high))]
+        for m in matched
+    )  # fmt: skip
+    lines = ["## At equal L0", "", "Interpolated in ln L0 between two SAEs of one architecture.", ""]
+    return lines + _markdown_table(["metric", "L0", "architecture", "d_sae", "value"], rows)
+
+
 def markdown(board: Board, info: RunInfo) -> str:
     """The leaderboard for people: values, gains over the random SAE, matched L0, where the minutes went."""
     out = ["# Leaderboard", ""]
@@ -128,22 +141,7 @@ def markdown(board: Board, info: RunInfo) -> str:
                 for s in board.saes
             ),
         )
-    matched = matched_l0(board)
-    if matched:
-        out += ["## At equal L0", "", "Interpolated in ln L0 between two SAEs of one architecture.", ""]
-        out += _markdown_table(
-            ["metric", "L0", "architecture", "d_sae", "value"],
-            (
-                [
-                    m.column_id,
-                    f"{m.l0:g}",
-                    m.architecture,
-                    str(m.d_sae),
-                    cell_text(Cell(value=m.value, ci_low=m.ci_low, ci_high=m.ci_high)),
-                ]
-                for m in matched
-            ),
-        )
+    out += _matched_section(board)
     states = [(c, pareto(board, c)) for key in DOMINANCE for c in board.columns_of(key)]
     if len(board.saes) > 1:
         out += ["## Pareto state in (L0, metric)", ""]

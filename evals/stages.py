@@ -274,6 +274,7 @@ def free_disk_gb(root: Path) -> float:
 
 
 def lm_description(lm: LanguageModel) -> dict[str, Any]:
+    """What a run says of its language model."""
     return {
         "name": lm.name,
         "revision": lm.revision,

@@ -226,7 +226,7 @@ def test_a_wrong_choice_is_refused_before_any_work(exemplars: ExemplarTable) -> 
 def test_a_dear_scorer_is_given_the_selected_texts_of_some_latents_and_their_floors(
     tmp_path: Path, exemplars: ExemplarTable
 ) -> None:
-    says = [Says(lambda i, c: f"{name} {i}", name=name) for name in ("a", "b")]  # noqa: B023
+    says = [Says(lambda i, c, n=n: f"{n} {i}", name=n) for n in ("a", "b")]
     jobs = make_jobs(open_explanations(explain(tmp_path, exemplars, says, context(Coin()))), exemplars, 0)
     embedding, dear = Embedding(), Embedding()
     assert jobs_for(embedding, jobs) == jobs

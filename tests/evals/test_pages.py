@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import synthetic_results as synthetic
+import synthetic_latents as synthetic
 from synthetic_results import RELU, TOPK, write_run
 
 from autointerp.exemplars import ExemplarTable
