@@ -74,6 +74,7 @@ def test_second_run_does_nothing_twice(finished: Path, tiny_world: list[str]):
     assert heavy and all(s["status"] == "reused" for s in heavy)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_rows(finished: Path, tiny_world: list[str], tmp_path: Path):
     assert run(tmp_path, tiny_world).returncode == 0
     assert rows_of(tmp_path) == rows_of(finished)
@@ -91,6 +92,7 @@ MOMENTS = (
 )
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_then_resumed(finished: Path, tiny_world: list[str], tmp_path: Path):
     """kill -9 as soon as each kind of artefact appears; the last run must end with the rows of an undisturbed one."""
     for pattern in MOMENTS:
@@ -111,6 +113,7 @@ def test_killed_at_every_stage_then_resumed(finished: Path, tiny_world: list[str
     assert not list(tmp_path.glob("*/*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_existing_sae_is_evaluated_without_training(finished: Path, tiny_world: list[str], tmp_path: Path):
     sae = next(p for p in (finished / "saes").iterdir() if ".topk-" in p.name)
     done = run(tmp_path, tiny_world, "--sae", str(sae), "--evals", "reconstruction")
@@ -171,6 +174,7 @@ def test_truncated_sae_file(finished: Path, tiny_world: list[str], tmp_path: Pat
     assert done.returncode not in (0, 130) and "sae.safetensors" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_dead_llm_server_is_an_error_not_a_zero(tiny_world: list[str], tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
