@@ -20,16 +20,17 @@ from evals.run_log import RunLog
 from sae import checkpoint
 from sae.activations import ActivationStore, capture_activations
 from sae.base import SAE, random_like
-from sae.config import LanguageModelConfig, SubjectMeta
+from sae.config import LanguageModelConfig, SubjectMeta, to_dict
 from sae.errors import ConfigError
 from sae.language_model import LanguageModel
-from sae.manifest import sha256_file
+from sae.manifest import is_complete, sha256_file, writing
 from sae.tokens import TokenSet, build_tokens, drop_ids
-from sae.train import train_many
+from sae.train import TrainingDiverged, train_many
 
 logger = logging.getLogger(__name__)
 INTERP_SPLITS = ("explain", "calibrate", "score")
 SAMPLE_TOKENS = 16_384
+REFERENCE_SAMPLE = 256
 
 
 class Pipeline:
@@ -162,7 +163,14 @@ class Pipeline:
             return self.given_saes
         store = self.store("train")
         with self.log.stage("train SAEs") as stage:
-            folders = train_many(self.root, store, self.cfg.train_configs(), self._meta(store), force=self.cfg.force)
+            try:
+                cfgs, meta = self.cfg.train_configs(), self._meta(store)
+                folders = train_many(self.root, store, cfgs, meta, force=self.cfg.force)
+            except TrainingDiverged as error:  # the SAEs that did converge go on
+                if not error.paths:
+                    raise
+                self.log.fail(", ".join(error.failures), "train", error)
+                folders = error.paths
             stage.finish(folders)
             saes = [checkpoint.load(folder).to(self.cfg.device) for folder in folders]
             for sae, folder in zip(saes, folders, strict=True):
@@ -202,8 +210,11 @@ class Pipeline:
         """The floor: isotropic unit decoder, encoder its transpose, same F and L0 as the first SAE (AUTOINTERP 5.4)."""
         sae = random_like(self.trained[0], self.cfg.seed, self.reference_sample())
         folder = self.root / "saes" / sae.sae_id
-        if not (folder / "manifest.json").is_file() or self.cfg.force:
-            checkpoint.save(sae, folder, self.reference_sample()[:32])
+        if not is_complete(folder) or self.cfg.force:
+            key = folder.name.rpartition(".")[2]
+            with writing(folder, kind="saes", key=key, stage_version=1, config=to_dict(sae.cfg)) as out:
+                checkpoint.save(sae, out.path, self.reference_sample()[:REFERENCE_SAMPLE])
+                out.counts["sae_id"] = sae.sae_id
         self.folders[sae.sae_id] = folder
         return checkpoint.load(folder).to(self.cfg.device)
 
