@@ -94,9 +94,12 @@ def _candidates(rules: dict[str, Any]) -> dict[str, list[MixRow]]:
 def _probe_runs(rules: dict[str, Any]) -> np.ndarray:
     """Sorted distinct hashes of all runs of words in the probe prompts."""
     found = []
+    seen: set[str] = set()
     for number in track(rules["probe_files"], "default texts: probe prompts", unit="file"):
         _, prompts, _ = _read(str(number))
-        words = [WORD.findall(text_key(p)) for p in set(prompts)]
+        keys = {text_key(p) for p in set(prompts)} - seen  # a quarter of the rows repeat a prompt
+        seen |= keys
+        words = [WORD.findall(key) for key in keys]
         found.append(np.unique(runs_of_words(words, rules["decontaminate_words"])[0]))
     return np.unique(np.concatenate(found))
 

@@ -66,7 +66,7 @@ class FastForward:
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
         self.blocks = [FastBlock(block) for block in list(blocks)[:n_blocks]]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, ids_BL: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Number of blocks passed -> x_BLD, for the numbers wanted (1 = after the first block)."""
         x = self.embed(ids_BL)

@@ -76,7 +76,10 @@ def source_key(source: str) -> str:
     if source.startswith("hf:"):
         _parse_hub(source)
         return sha256_text(source)
-    return key_of("texts", 1, {p.name: sha256_file(p) for p in text_files(source)})
+    files, root = text_files(source), Path(source).expanduser()
+    # Paths below the folder, as two subfolders may hold files of one name.
+    named = {(p.relative_to(root).as_posix() if p != root else p.name): sha256_file(p) for p in files}
+    return key_of("texts", 1, named)
 
 
 def _kind(path: Path) -> str | None:

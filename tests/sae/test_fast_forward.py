@@ -20,6 +20,14 @@ def test_equals_the_hooked_pass_at_every_block(tiny_lm: LanguageModel):
         torch.testing.assert_close(lean[hookpoint], hooked[hookpoint], rtol=1e-4, atol=1e-4)
 
 
+def test_its_activations_may_be_changed_and_differentiated(tiny_lm: LanguageModel):
+    x = tiny_lm.capture(ids(), ["layers.1"])["layers.1"]
+    x[:, 0] = 0
+    weight = torch.ones(x.shape[-1], requires_grad=True)
+    (x * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum((0, 1)))
+
+
 def test_other_hookpoints_take_the_models_own_pass(tiny_lm: LanguageModel):
     for hookpoint in ("layers.1.mlp", "layers.1.mlp:in", "layers.0:in"):
         torch.testing.assert_close(

@@ -85,6 +85,18 @@ def test_the_key_follows_the_content(tmp_path: Path) -> None:
     assert source_key(str(path)) != first and source_key("hf:a/b:train") != source_key("hf:a/b:test")
 
 
+def test_files_of_one_name_in_two_folders_all_count(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.txt").write_text(name)
+    first = source_key(str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / name / "t.txt").write_text("changed")
+        assert source_key(str(tmp_path)) != first
+        (tmp_path / name / "t.txt").write_text(name)
+    assert source_key(str(tmp_path)) == first
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [("nowhere.txt", "nowhere.txt"), ("t.docx", "cannot tell the kind"), ("empty_folder", "holds no")],
