@@ -1,6 +1,6 @@
 """A leaner forward pass up to a block, for Llama-shaped models on a CPU.
 
-Fewer element-wise operations than a Hugging Face forward; 3 to 5 % faster on two AVX2 cores (decision 002). Here the three
+Fewer element-wise operations than a Hugging Face forward, 3 to 5 % faster on two AVX2 cores (decision 002). The three
 attention products and the two of the MLP become one each, the rotary embedding is one complex product (query and key
 channels are permuted alike, which leaves their dot products as they are), norms are fused, and residuals are added
 inside the products. Same mathematics, another order of roundings; it is compared with the model's own pass before it
