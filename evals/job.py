@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autointerp.records import INTERP_SPLITS
 from evals import leaderboard
-from evals.base import Eval, SAESubject, Subject
+from evals.base import SAESubject, Subject
 from evals.baselines import baseline_subjects
 from evals.interp import Interpretation
 from evals.measure import Measurement, select
 from evals.probe_activations import ProbeActivations, ProbeConfig, build_probes
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
-from evals.stages import INTERP_SPLITS, Pipeline, free_disk_gb, lm_description
+from evals.stages import Pipeline, free_disk_gb, lm_description
 from sae import console, plugins
 from sae.config import to_dict
 from sae.errors import ConfigError
@@ -39,7 +40,7 @@ def run_job(cfg: RunConfig) -> int:
     interpretation = Interpretation(cfg, stages, log) if "scores" in needs else None
     _prepare(stages, interpretation, needs)
     measurement = _measurement(cfg, stages, interpretation, log)
-    measurement.run_all(evaluations, _subjects(cfg, stages, evaluations))
+    measurement.run_all(evaluations, _subjects(cfg, stages))
     with log.stage("leaderboard and pages"):
         log.notes["rows"] = measurement.counts()
         log.write()
@@ -72,17 +73,17 @@ def _prepare(stages: Pipeline, interpretation: Interpretation | None, needs: fro
         _ = interpretation.scores
 
 
-def _subjects(cfg: RunConfig, stages: Pipeline, evaluations: Sequence[Eval]) -> list[Subject]:
+def _subjects(cfg: RunConfig, stages: Pipeline) -> list[Subject]:
     """SAEs, the random SAE, and the floors that share some evaluations with them."""
-    subjects: list[Subject] = list(stages.subjects())
     reference = stages.store(stages.reference_split)
-    first: SAESubject = stages.subjects()[0]
+    first = stages.subjects[0]
     l0 = first.info.k or max(1, round(_mean_l0(stages, first)))
-    return subjects + baseline_subjects(reference, first.info, cfg.seed, l0s=(l0,), n_features=first.info.d_sae)
+    floors = baseline_subjects(reference, first.info, cfg.seed, l0s=(l0,), n_features=first.info.d_sae)
+    return [*stages.subjects, *floors]
 
 
 def _mean_l0(stages: Pipeline, subject: SAESubject) -> float:
-    codes = subject.encode_sparse(stages.reference_sample()[:2048])
+    codes = subject.encode_sparse(stages.reference_sample[:2048])
     return float((codes.values_NK > 0).sum(dim=1).float().mean())
 
 

@@ -16,11 +16,11 @@ from evals.run_config import RunConfig
 from evals.stages import free_disk_gb
 from sae import console
 from sae.language_model import LanguageModel, default_dtype
+from sae.tokens import SPLITS
 
 LM_EFFICIENCY = 0.75
 """Share of the plain product's speed that a whole forward pass reaches (attention, norms, softmax)."""
 TRAIN_EFFICIENCY = 0.6
-SPLITS = ("train", "explain", "calibrate", "score", "test")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
 
 def print_plan(cfg: RunConfig) -> None:
     """Print the plan; reads the model (seconds), computes nothing else."""
-    lm = LanguageModel.load(cfg.model, dtype=str(default_dtype()).removeprefix("torch."), device=cfg.device)
+    lm = LanguageModel.load(cfg.model, dtype=default_dtype(), device=cfg.device)
     hookpoint = cfg.hookpoint or lm.default_hookpoint()
     d_in = lm.check_hookpoint(hookpoint)
     lines = make_plan(cfg, lm, hookpoint, d_in)

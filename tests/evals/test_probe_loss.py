@@ -190,11 +190,12 @@ def own_csv(path, n=400, flip=False):
 
 
 def test_activations_of_an_own_task(tmp_path, tiny_lm):
-    """The last token decides the label; a random LM's activation there separates it, a single channel in part."""
-    cfg = ProbeConfig(own=(f"marks={own_csv(tmp_path / 'own.csv')}",), cap_rows=120, max_tokens=16, seeds=(0,))
+    """The last token decides the label; a random LM's activation there separates it; 480 rows show it for one channel."""
+    own = own_csv(tmp_path / "own.csv", n=1600)
+    cfg = ProbeConfig(own=(f"marks={own}",), cap_rows=480, max_tokens=16, seeds=(0,))
     hookpoint = tiny_lm.default_hookpoint()
     probes = build_probes(tmp_path, tiny_lm, hookpoint, cfg)
-    assert probes.x_ND.shape == (240, tiny_lm.check_hookpoint(hookpoint)) and probes.x_ND.dtype == np.float32
+    assert probes.x_ND.shape == (960, tiny_lm.check_hookpoint(hookpoint)) and probes.x_ND.dtype == np.float32
     assert probes.rows.n_tokens.max() == 16 and probes.rows.truncated.all()
     before = (probes.folder / "acts.npy").stat().st_mtime_ns
     assert build_probes(tmp_path, tiny_lm, hookpoint, cfg).key == probes.key
@@ -205,7 +206,7 @@ def test_activations_of_an_own_task(tmp_path, tiny_lm):
     subject = channels()
     subject.info = SubjectInfo(**{**INFO.__dict__, "d_in": probes.x_ND.shape[1], "d_sae": probes.x_ND.shape[1]})
     rows = by_metric(PLUGIN.run(context(tmp_path, subject, probes)))
-    assert rows["dense_loss"].ci_high < 0.1 and rows["dense_loss"].value < rows["probe_loss"].value < LN2
+    assert rows["probe_loss"].ci_high < LN2 and rows["dense_loss"].value < 0.1
 
 
 def test_batches_and_padding_do_not_change_an_activation(tiny_lm, monkeypatch):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from sae.errors import ConfigError
 from sae.language_model import LanguageModel, default_dtype
@@ -15,19 +14,6 @@ from sae.language_model import LanguageModel, default_dtype
 
 def ids(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 259, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=259, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1,
-        initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).eval().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return LanguageModel.load(str(folder), dtype="float32")
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -1,11 +1,8 @@
 """The layers above a hookpoint against full hooked passes, on two kinds of blocks."""
 
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.errors import ConfigError, Unsupported
 from sae.language_model import LanguageModel
@@ -21,19 +18,6 @@ def ids(rows: int = 2, length: int = 10) -> torch.Tensor:
 
 def noise(shape: torch.Size | tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module")
-def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    folder: Path = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=259, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1,
-        initializer_range=0.3,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).eval().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return LanguageModel.load(str(folder), dtype="float32")
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -38,6 +38,18 @@ def save_tiny_lm(folder: Path, *, layers: int = 3, width: int = 32, seed: int = 
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).eval().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_tiny_gpt2(folder: Path) -> Path:
+    """A random GPT-2 (3 blocks, D = 16) and its byte tokenizer as a Hugging Face folder."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=259, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).eval().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
