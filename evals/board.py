@@ -174,7 +174,8 @@ def _matching(rows: "pd.DataFrame", spec: ColumnSpec) -> "pd.DataFrame":
     wanted = dict(spec.slice)
     if not wanted:
         return found[found["slice"] == ""]
-    return found[[wanted.items() <= slice_parts(s).items() for s in found["slice"]]]
+    fits = [wanted.items() <= slice_parts(s).items() for s in found["slice"]]
+    return found.loc[fits]  # not found[fits]: an empty list there would select no columns
 
 
 def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str], str]) -> list[Column]:

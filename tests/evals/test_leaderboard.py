@@ -14,6 +14,7 @@ from synthetic_results import PCA, RANDOM, RELU, TOPK, info, write_row_folder, w
 from evals import leaderboard
 from evals.board import Board, Cell, build_board
 from evals.matched import interpolate, matched_l0, pareto
+from evals.page_data import run_info
 from evals.page_text import number
 from evals.results import load_results
 from sae.errors import ArtefactError
@@ -208,3 +209,15 @@ def test_loads_without_torch() -> None:
     code = f"import json, sys, evals.leaderboard, evals.pages; print(json.dumps({heavy}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(found.stdout) == []
+
+
+@pytest.mark.parametrize("evaluation", sorted({evaluation for evaluation, *_ in synthetic.VALUES}))
+def test_a_run_of_one_evaluation_has_a_board_with_gaps(root: Path, evaluation: str) -> None:
+    """`--evals reconstruction` alone: the other columns are gaps, not a crash."""
+    rows = load_results(root)
+    board = build_board(rows[rows["eval"] == evaluation])
+    values = {column.spec.eval for (_, column_id), cell in board.cells.items() if cell.value is not None
+              for column in board.columns if column.id == column_id}
+    assert values == {evaluation}
+    assert {column.spec.eval for column in board.columns} > {evaluation}
+    assert "–" in leaderboard.markdown(board, run_info(root, rows))

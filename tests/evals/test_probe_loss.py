@@ -190,7 +190,7 @@ def own_csv(path, n=400, flip=False):
 
 
 def test_activations_of_an_own_task(tmp_path, tiny_lm):
-    """The last token decides the label; a random LM's activation there separates it; 480 rows show it for one channel."""
+    """The last token decides the label; the activation there separates it; 480 rows show it for one channel."""
     own = own_csv(tmp_path / "own.csv", n=1600)
     cfg = ProbeConfig(own=(f"marks={own}",), cap_rows=480, max_tokens=16, seeds=(0,))
     hookpoint = tiny_lm.default_hookpoint()
