@@ -20,6 +20,7 @@ from autointerp.judge_check import check_judge
 from autointerp.rates import auc
 from autointerp.records import (
     CALIBRATE,
+    TRANSPORT_CODES,
     Exemplar,
     Explanation,
     Failure,
@@ -31,7 +32,7 @@ from autointerp.records import (
 )
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
 from autointerp.texts import Decoder
-from sae.errors import DataError
+from sae.errors import DataError, NoAnswer
 from sae.manifest import artefact_dir, canonical_json, is_complete, key_of, read_manifest, rng, writing
 from sae.plugins import find
 
@@ -108,6 +109,7 @@ def explain(
                     f"explainer {explainer.name!r} said nothing of latent {view.latent}, not even a failure"
                 )
             found[view.latent] += records
+        _require_answers(explainer.name, [e for es in found.values() for e in es if e.explainer == explainer.name])
     chosen = [e for latent in sorted(found) for e in _select(found[latent], exemplars, ctx)]
     chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
     with writing(
@@ -128,6 +130,16 @@ def _view(
 ) -> LatentView:
     promoted, suppressed = output_tokens.get(latent, ((), ()))
     return exemplars.view(latent, tokenizer=ctx.tokenizer, promoted=promoted, suppressed=suppressed)
+
+
+def _require_answers(name: str, records: Sequence[Explanation | ScoreItem]) -> None:
+    """A complete artefact is never made again: one in which nobody was reached must not become complete."""
+    failures = [e.failure for e in records if e.failure is not None]
+    if records and len(failures) == len(records) and all(f.code in TRANSPORT_CODES for f in failures):
+        raise NoAnswer(
+            f"{name!r}: the language model answered none of {len(records)} requests "
+            f"({failures[0].code}: {failures[0].detail}); start or check the server and run the same command again"
+        )
 
 
 def _select(candidates: list[Explanation], exemplars: ExemplarTable, ctx: ExplainContext) -> list[Explanation]:
@@ -176,7 +188,9 @@ def score(
     jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
     results: list[ScoreResult] = []
     for scorer in scorers:
-        results += scorer.score_many(jobs_for(scorer, jobs), ctx)
+        judged = scorer.score_many(jobs_for(scorer, jobs), ctx)
+        _require_answers(scorer.name, [item for result in judged for item in result.items])
+        results += judged
     scores = sorted((s for r in results for s in r.scores), key=_score_order)
     items = sorted((i for r in results for i in r.items), key=lambda i: (i.scorer, i.explanation_id, i.exemplar_id))
     simulations = sorted(
@@ -249,11 +263,13 @@ def checked(root: Path, scorer: Scorer, ctx: ScoreContext) -> JudgeCheck:
     config = _identity([scorer], ctx) | {"n": CHECK_DESCRIPTIONS}
     key = key_of("judge_checks", CHECK_VERSION, config)
     folder = artefact_dir(root, "judge_checks", key)
-    if not is_complete(folder):
+    if is_complete(folder):
+        (check,) = read_jsonl(folder / "check.jsonl", JudgeCheck)
+    else:
         check = check_judge(scorer, ctx, n_descriptions=CHECK_DESCRIPTIONS, seed=ctx.seed)
-        with writing(folder, kind="judge_checks", key=key, stage_version=CHECK_VERSION, config=config) as out:
-            write_jsonl(out.path / "check.jsonl", [check])
-    (check,) = read_jsonl(folder / "check.jsonl", JudgeCheck)
+        if check.auc is not None:  # a check that came to nothing is made again by the next run
+            with writing(folder, kind="judge_checks", key=key, stage_version=CHECK_VERSION, config=config) as out:
+                write_jsonl(out.path / "check.jsonl", [check])
     level = logging.WARNING if check.weak else logging.INFO
     logger.log(level, "judge %s (%s): AUC %s, under wrong descriptions %s%s", check.judge, check.scorer,
                _show(check.auc), _show(check.wrong_auc), "; weak: shown, never ranked" if check.weak else "")

@@ -16,6 +16,9 @@ INTERP_SPLITS = (EXPLAIN, CALIBRATE, SCORE)
 POSITIVE_KINDS = ("top", "quantile", "random_positive")
 NEGATIVE_KINDS = ("silent", "same_token", "co_occurring", "decoder_near")
 
+TRANSPORT_CODES = frozenset({"timeout", "rate_limited", "server_error", "connection"})
+"""The request got no reply at all; asked again, it may."""
+
 FAILURE_CODES = frozenset(
     # transport
     "timeout rate_limited server_error connection quota_exhausted auth budget_stop prompt_too_long unsupported "

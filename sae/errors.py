@@ -55,6 +55,10 @@ class Unsupported(SaescopeError):
     """A back-end or a file lacks what was asked of it."""
 
 
+class NoAnswer(SaescopeError):
+    """A language model answered none of the requests; nothing is stored, so that the next run asks again."""
+
+
 class BudgetExceeded(SaescopeError):
     """The LLM budget is spent; what was paid for is kept."""
 

@@ -28,7 +28,7 @@ from autointerp.records import Explanation, Failure, LatentView
 from autointerp.scorers.detection import PLUGIN as Detection
 from autointerp.scorers.embedding import PLUGIN as Embedding
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
-from sae.errors import DataError, UnknownPlugin, Unsupported
+from sae.errors import DataError, NoAnswer, UnknownPlugin, Unsupported
 
 CFG = ExemplarConfig(
     window_tokens=12, min_window_tokens=4, left_tokens=8, explain_top=6, explain_silent=5, explain_random=4,
@@ -47,7 +47,7 @@ def exemplars(tmp_path_factory: pytest.TempPathFactory) -> ExemplarTable:
 
 
 class Says:
-    """An explainer of fixed texts: ``text(latent, candidate)``, None = a failure."""
+    """An explainer of fixed texts: ``text(latent, candidate)``; None or a Failure = a failure."""
 
     version, needs = 1, frozenset()
 
@@ -62,6 +62,8 @@ class Says:
     def _one(self, view: LatentView, candidate: int) -> Explanation:
         said = self.text(view.latent, candidate)
         failure = Failure(code="no_candidate", stage="explain") if said is None else None
+        if isinstance(said, Failure):
+            said, failure = None, said
         return Explanation(
             explanation_id=f"{view.sae_id}/{view.latent}/{self.name}/{candidate}", sae_id=view.sae_id,
             latent=view.latent, explainer=self.name, candidate=candidate, text=said, failure=failure,
@@ -209,6 +211,26 @@ def test_a_model_that_refuses_is_counted_not_scored(tmp_path: Path, exemplars: E
     assert not [s for s in found.scores if s.value is not None]
     [check] = found.checks
     assert check.auc is None and check.weak and check.n_failed > 0
+
+
+def unreached(request):
+    return Failure(code="connection", stage="test", detail="nobody listens")
+
+
+def test_a_server_that_answers_nothing_leaves_no_artefact(tmp_path: Path, exemplars: ExemplarTable) -> None:
+    """A complete artefact is never made again, so silence must not become one; one answer suffices."""
+    silent = Says(lambda i, c: Failure(code="connection", stage="explain", detail="nobody listens"))
+    with pytest.raises(NoAnswer, match="'says'.*none of 5 requests.*nobody listens"):
+        explain(tmp_path, exemplars, [silent], context())
+    assert not list(tmp_path.glob("explanations/*"))
+    first = exemplars.latents[0]
+    partly = Says(lambda i, c: "a text" if i == first else Failure(code="timeout", stage="explain"))
+    folder = explain(tmp_path, exemplars, [partly], context())
+    assert failures_of(open_explanations(folder)) == {"timeout": 4}
+    # The judge check comes before scoring and is itself unanswered: it must not be believed either.
+    with pytest.raises(NoAnswer, match="'detection'"):
+        score(tmp_path, folder, exemplars, [Detection()], judge(unreached)[0])
+    assert not list(tmp_path.glob("scores/*")) and not list(tmp_path.glob("judge_checks/*"))
 
 
 def test_a_wrong_choice_is_refused_before_any_work(exemplars: ExemplarTable) -> None:
