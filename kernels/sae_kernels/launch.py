@@ -40,13 +40,16 @@ def blocks(width: int) -> Blocks:
     return Blocks(channels, triton.cdiv(width, channels), min(4, max(1, channels // 256)))
 
 
-def refusal(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Exception | None:
-    """The error for operands of a sparse product that the kernels do not take, with what was found; None if they do."""
+def refusal(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, *, mixed: bool = False) -> Exception | None:
+    """The error for operands of a sparse product that the kernels do not take, with what was found; None if they do.
+
+    ``mixed``: values may have another of the float types than W.
+    """
     found = ", ".join(
         f"{name} {tuple(t.shape)} {t.dtype} strides {t.stride()} on {t.device}"
         for name, t in (("values", values_NK), ("indices", indices_NK), ("W", W_FD))
     )
-    if W_FD.dtype not in FLOATS or values_NK.dtype != W_FD.dtype:
+    if W_FD.dtype not in FLOATS or values_NK.dtype not in (FLOATS if mixed else (W_FD.dtype,)):
         return TypeError(f"values and W must both be float32, bfloat16 or float16; got {found}")
     if indices_NK.dtype not in INTEGERS:
         return TypeError(f"indices must be int32 or int64; got {found}")
