@@ -6,6 +6,7 @@ a killed run asks nothing twice. Output is sorted before it is written.
 
 import inspect
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from autointerp.records import (
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
 from autointerp.texts import Decoder
 from sae.errors import DataError, NoAnswer
-from sae.manifest import artefact_dir, canonical_json, is_complete, key_of, read_manifest, rng, writing
+from sae.manifest import artefact_dir, canonical_json, content_of, is_complete, key_of, read_manifest, rng, writing
 from sae.plugins import find
 
 EXPLAIN_VERSION = 1
@@ -93,12 +94,14 @@ def explain(
 ) -> Path:
     """All explainers on all latents that have exemplars; one text per latent is marked `selected`.
 
-    ``output_tokens``: latent -> (promoted, suppressed) tokens. The choice is made on the split `calibrate` alone.
+    ``output_tokens``: latent -> (promoted, suppressed) tokens. The choice is made on the split `calibrate` alone. An
+    artefact with requests that nobody answered is made again: what was answered comes from the reply cache.
     """
+    began = time.monotonic()
     config, inputs = _identity(explainers, ctx), {"exemplars": exemplars.key}
     key = key_of("explanations", EXPLAIN_VERSION, config, inputs)
     folder = artefact_dir(root, "explanations", key)
-    if is_complete(folder) and not force:
+    if is_complete(folder) and not force and not _unanswered(folder):
         return folder
     views = [_view(exemplars, latent, ctx, output_tokens or {}) for latent in exemplars.latents]
     found: dict[int, list[Explanation]] = {view.latent: [] for view in views}
@@ -113,7 +116,7 @@ def explain(
     chosen = [e for latent in sorted(found) for e in _select(found[latent], exemplars, ctx)]
     chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
     with writing(
-        folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs
+        folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs, began=began
     ) as out:
         write_jsonl(out.path / "explanations.jsonl", chosen)
         write_parquet(out.path / "explanations.parquet", chosen, Explanation)
@@ -121,8 +124,20 @@ def explain(
             shown = {str(i): [list(side) for side in output_tokens[i]] for i in sorted(output_tokens)}
             (out.path / "output_tokens.json").write_text(canonical_json(shown) + "\n", encoding="utf-8")
         out.counts.update(sae_id=exemplars.sae_id, latents=len(views), explanations=len(chosen),
-                          failed=sum(e.failure is not None for e in chosen))
+                          failed=sum(e.failure is not None for e in chosen), unanswered=_count_unanswered(chosen))
     return folder
+
+
+def _count_unanswered(records: Sequence[Any]) -> int:
+    """Records whose failure is the server's and not an answer's: asking again may help."""
+    return sum(r.failure is not None and r.failure.code in TRANSPORT_CODES for r in records)
+
+
+def _unanswered(folder: Path) -> bool:
+    n = int(read_manifest(folder)["counts"].get("unanswered", 0))
+    if n:
+        logger.info("%s: %d requests had no answer last time and are asked again", Path(folder).parent.name, n)
+    return n > 0
 
 
 def _view(
@@ -177,12 +192,13 @@ def score(
     force: bool = False,
 ) -> Path:
     """All scorers on all explanations and on their shuffled floor; judges are checked first. Returns scores/<key>/."""
+    began = time.monotonic()
     manifest = read_manifest(explanations)
     config = _identity(scorers, ctx) | {"check_descriptions": CHECK_DESCRIPTIONS}
-    inputs = {"explanations": str(manifest["key"]), "exemplars": exemplars.key}
+    inputs = {"explanations": str(manifest["key"]), "exemplars": exemplars.key, "content": content_of(explanations)}
     key = key_of("scores", SCORE_VERSION, config, inputs)
     folder = artefact_dir(root, "scores", key)
-    if is_complete(folder) and not force:
+    if is_complete(folder) and not force and not _unanswered(folder):
         return folder
     checks = sorted((checked(root, scorer, ctx) for scorer in scorers), key=lambda c: c.scorer)
     jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
@@ -196,14 +212,17 @@ def score(
     simulations = sorted(
         (s for r in results for s in r.simulations), key=lambda s: (s.simulator, s.explanation_id, s.exemplar_id)
     )
-    with writing(folder, kind="scores", key=key, stage_version=SCORE_VERSION, config=config, inputs=inputs) as out:
+    with writing(
+        folder, kind="scores", key=key, stage_version=SCORE_VERSION, config=config, inputs=inputs, began=began
+    ) as out:
         write_parquet(out.path / "scores.parquet", scores, LatentScore)
         write_parquet(out.path / "items.parquet", items, ScoreItem)
         write_parquet(out.path / "simulations.parquet", simulations, Simulation)
         write_jsonl(out.path / "judges.jsonl", checks)
         out.counts.update(
             sae_id=exemplars.sae_id, jobs=len(jobs), scores=len(scores), items=len(items),
-            failed_items=sum(i.failure is not None for i in items), undefined=sum(s.value is None for s in scores),
+            failed_items=sum(i.failure is not None for i in items), unanswered=_count_unanswered(items),
+            undefined=sum(s.value is None for s in scores),
         )
     return folder
 
@@ -267,7 +286,7 @@ def checked(root: Path, scorer: Scorer, ctx: ScoreContext) -> JudgeCheck:
         (check,) = read_jsonl(folder / "check.jsonl", JudgeCheck)
     else:
         check = check_judge(scorer, ctx, n_descriptions=CHECK_DESCRIPTIONS, seed=ctx.seed)
-        if check.auc is not None:  # a check that came to nothing is made again by the next run
+        if check.auc is not None and not check.n_failed:  # what had no answer is asked again by the next run
             with writing(folder, kind="judge_checks", key=key, stage_version=CHECK_VERSION, config=config) as out:
                 write_jsonl(out.path / "check.jsonl", [check])
     level = logging.WARNING if check.weak else logging.INFO

@@ -112,6 +112,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def content_of(folder: Path) -> str:
+    """16 hex digits over the files of a complete artefact.
+
+    For a stage whose artefact may change under one key because it asks others: what depends on it names its content.
+    """
+    files = read_manifest(folder)["files"]
+    return sha256_text(canonical_json({name: entry["sha256"] for name, entry in files.items()}))[:KEY_HEX_DIGITS]
+
+
 @dataclass
 class Writer:
     """Handed out by :func:`writing`."""
@@ -147,10 +156,12 @@ def writing(
     stage_version: int,
     config: Any,
     inputs: Mapping[str, str] | None = None,
+    began: float | None = None,
 ) -> Iterator[Writer]:
     """Write an artefact: files first, manifest last, then a rename. An exception leaves nothing behind.
 
-    An older complete folder of the same name is replaced only once the new one is whole.
+    An older complete folder of the same name is replaced only once the new one is whole. ``began``: the
+    ``time.monotonic()`` at which its work started, where that was before this call; ``wall_s`` counts from it.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +170,7 @@ def writing(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     writer = Writer(temporary)
-    started = time.monotonic()
+    started = time.monotonic() if began is None else began
     try:
         yield writer
         files = {}

@@ -18,7 +18,7 @@ from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.explained import read_explained
 from evals.results import Estimate, Metric
-from sae.manifest import rng
+from sae.manifest import content_of, rng
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,7 +136,7 @@ class ExplanationScores:
         return {"resamples": uncertainty.resamples_of(preset)}
 
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
-        return {"scores": ctx.scores.name} if ctx.scores is not None else {}
+        return {"scores": content_of(ctx.scores)} if ctx.scores is not None else {}
 
     def run(self, ctx: EvalContext) -> EvalResult:
         """Rows of every (explainer, scorer, judge) that was scored; `undefined` where there are no scores at all."""

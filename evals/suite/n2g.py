@@ -18,7 +18,7 @@ from evals.explained import read_explanations
 from evals.n2g_scores import Confusion, Firing
 from evals.results import Estimate, Metric
 from sae.console import track
-from sae.manifest import rng
+from sae.manifest import content_of, rng
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ class N2G:
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
         inputs = {"latents": _cache(ctx).key}
         if ctx.scores is not None:
-            inputs["scores"] = ctx.scores.name
+            inputs["scores"] = content_of(ctx.scores)
         return inputs
 
     def run(self, ctx: EvalContext) -> EvalResult:

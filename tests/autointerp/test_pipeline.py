@@ -25,6 +25,7 @@ from autointerp.pipeline import (
     score,
 )
 from autointerp.records import Explanation, Failure, LatentView
+from autointerp.reply_cache import ReplyCache
 from autointerp.scorers.detection import PLUGIN as Detection
 from autointerp.scorers.embedding import PLUGIN as Embedding
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
@@ -231,6 +232,36 @@ def test_a_server_that_answers_nothing_leaves_no_artefact(tmp_path: Path, exempl
     with pytest.raises(NoAnswer, match="'detection'"):
         score(tmp_path, folder, exemplars, [Detection()], judge(unreached)[0])
     assert not list(tmp_path.glob("scores/*")) and not list(tmp_path.glob("judge_checks/*"))
+
+
+def test_what_nobody_answered_is_asked_again_by_the_next_run(tmp_path: Path, exemplars: ExemplarTable) -> None:
+    """Timeouts among answers are stored and counted; the same call later asks them, and only them, once more."""
+    up = False
+    first = exemplars.latents[0]
+    says = Says(lambda i, c: f"text {i}" if up or i == first else Failure(code="timeout", stage="explain"))
+    folder = explain(tmp_path, exemplars, [says], context())
+    scored = score(tmp_path, folder, exemplars, [Embedding()], judge()[0])
+    up = True
+    assert explain(tmp_path, exemplars, [says], context()) == folder and says.calls == 2
+    assert failures_of(open_explanations(folder)) == {}
+    assert explain(tmp_path, exemplars, [says], context()) == folder and says.calls == 2
+    rescored = score(tmp_path, folder, exemplars, [Embedding()], judge()[0])
+    assert rescored != scored, "scores of the old explanations must not stand for the new ones"
+
+    deaf = True
+
+    def half_deaf(request):
+        lost = deaf and len(backend.sent) % 3 == 0
+        return Failure(code="timeout", stage="test") if lost else COIN(request)
+
+    backend = ScriptedClient(half_deaf, tokenizer=TOKENIZER)
+    ctx = ScoreContext(tokenizer=TOKENIZER, client=CachedClient(backend, ReplyCache(tmp_path / "replies.sqlite")))
+    kept = score(tmp_path, folder, exemplars, [Detection()], ctx)
+    assert failures_of(open_scores(kept).items)["timeout"] > 0
+    deaf, lost, sent = False, len(backend.sent) // 3, len(backend.sent)
+    assert score(tmp_path, folder, exemplars, [Detection()], ctx) == kept
+    assert failures_of(open_scores(kept).items) == {} and len(backend.sent) == sent + lost
+    assert score(tmp_path, folder, exemplars, [Detection()], ctx) == kept and len(backend.sent) == sent + lost
 
 
 def test_a_wrong_choice_is_refused_before_any_work(exemplars: ExemplarTable) -> None:
