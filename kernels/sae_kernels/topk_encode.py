@@ -1,0 +1,340 @@
+"""Top-K encoder: the K largest of ``u W_enc + b_enc`` per token, without a matrix of all pre-activations.
+
+Shapes: N tokens, D = d_in, F = d_sae, K slots per token; T tiles of BN latents, P = T BN, R candidates kept per tile.
+Three paths to the same numbers:
+
+- **A**: one kernel; the product of a tile is reduced to its R largest keys before it leaves the registers.
+- **B**: cuBLAS in blocks that stay in the L2 cache, each reduced to the R largest keys of its tiles.
+- **C**: cuBLAS and ``torch.topk`` on blocks of rows: large K or few latents, where tiles would hide too much.
+
+A and B then select K of the T R candidates (:mod:`sae_kernels.topk_select`). Sparse encoding as in Gao et al.
+(arXiv 2406.04093), appendix D.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_kernels import launch, topk_select
+from sae_kernels.topk_select import INTERPRETED, _keys, _store_largest
+
+TILE = 128
+"""Latents per tile, BN."""
+MISSED = 2e-3
+"""R is 4 if at most this share of tokens is expected to have more than 4 winners in a tile, else 8."""
+CANDIDATE_BYTES = 256 * 2**20
+"""Tokens are taken in slabs whose candidates fit into this."""
+BLOCK_ROWS, BLOCK_LATENTS = 512, 16_384
+"""A block of path B: 33.5 MB of float32, which the L2 cache keeps; fewer rows would read W more often than it pays."""
+FUSED_WIDTHS: tuple[int, ...] = ()
+"""Largest D for which path A was measured faster than B (kernels.csv); empty = never chosen by ``auto``."""
+
+
+class Fused(NamedTuple):
+    """Launch settings of path A."""
+
+    rows: int
+    """Tokens per program, BM."""
+    channels: int
+    """Channels per step, BK."""
+    warps: int
+    stages: int
+    group: int = 8
+    """Row blocks that follow one another with the same tile of W, which then comes from L2."""
+
+
+FUSED = {2: Fused(128, 64, 8, 3), 4: Fused(64, 32, 8, 2)}
+"""Settings by bytes of an operand."""
+
+
+class Plan(NamedTuple):
+    """How a call is done: path A, B or C, candidates per tile, and why."""
+
+    path: str
+    candidates: int
+    reason: str
+
+
+class PreparedEncoder(NamedTuple):
+    """Encoder weights in tile order: latent f is row (f mod T) BN + f div T; padding is 0 with bias -inf."""
+
+    W_PD: Tensor
+    """float32, bfloat16 or float16."""
+    b_P: Tensor
+    """float32."""
+    n_latents: int
+    tile: int
+    """BN."""
+
+    @property
+    def n_tiles(self) -> int:
+        """T."""
+        return len(self.W_PD) // self.tile
+
+    def refresh(self, W_enc_FD: Tensor, b_enc_F: Tensor) -> None:
+        """Take over changed weights, cast to the prepared type. ``ValueError`` for another shape."""
+        if W_enc_FD.shape != (self.n_latents, self.W_PD.shape[1]) or b_enc_F.shape != (self.n_latents,):
+            raise ValueError(
+                f"prepared for W_enc {(self.n_latents, self.W_PD.shape[1])}, got W_enc {tuple(W_enc_FD.shape)} and "
+                f"b_enc {tuple(b_enc_F.shape)}"
+            )
+        n_tiles = self.n_tiles
+        columns, rest = divmod(self.n_latents, n_tiles)
+        with torch.no_grad():
+            for made, source in ((self.W_PD, W_enc_FD), (self.b_P, b_enc_F)):
+                tiled = made.view(n_tiles, self.tile, *made.shape[1:])
+                whole = source[: columns * n_tiles].unflatten(0, (columns, n_tiles))
+                tiled[:, :columns].copy_(whole.transpose(0, 1))
+                if rest:
+                    tiled[:rest, columns].copy_(source[columns * n_tiles :])
+
+
+def prepare(
+    W_enc_FD: Tensor, b_enc_F: Tensor, BN: int = TILE, dtype: torch.dtype | None = None
+) -> PreparedEncoder:
+    """Compute copy of encoder weights for :func:`encode_topk`; ``refresh`` it after every change of the weights.
+
+    ``BN``: latents per tile, a power of two from 16 to 1,024. ``dtype``: of the copy of W, that of W by default.
+    ``ValueError`` for shapes, ``TypeError`` for types.
+    """
+    dtype = W_enc_FD.dtype if dtype is None else dtype
+    found = f"W_enc {tuple(W_enc_FD.shape)} {W_enc_FD.dtype}, b_enc {tuple(b_enc_F.shape)}"
+    if dtype not in launch.FLOATS:
+        raise TypeError(f"the encoder product takes float32, bfloat16 or float16, got {dtype} for {found}")
+    if W_enc_FD.dim() != 2 or b_enc_F.shape != W_enc_FD.shape[:1] or 0 in W_enc_FD.shape:
+        raise ValueError(f"W_enc must be [F, D] and b_enc [F], none of them empty; got {found}")
+    if W_enc_FD.shape[1] > launch.MAX_WIDTH:
+        raise ValueError(f"D must lie in 1..{launch.MAX_WIDTH}; got {found}")
+    if not 16 <= BN <= 1_024 or BN & (BN - 1):
+        raise ValueError(f"BN must be a power of two from 16 to 1024, got {BN}")
+    (n_latents, width), device = W_enc_FD.shape, W_enc_FD.device
+    padded = triton.cdiv(n_latents, BN) * BN
+    W_PD = torch.zeros(padded, width, dtype=dtype, device=device)
+    b_P = torch.full((padded,), -math.inf, dtype=torch.float32, device=device)
+    prepared = PreparedEncoder(W_PD, b_P, n_latents, BN)
+    prepared.refresh(W_enc_FD, b_enc_F)
+    return prepared
+
+
+def missed_share(n_tiles: int, k: int, r: int) -> float:
+    """Expected share of tokens with more than R of their K winners in one tile, bounded by the sum over tiles.
+
+    Each winner falls into any of the T tiles with equal chance (tile order is made for that), so a tile's count is
+    binomial. Compare the recall formula of arXiv 2506.04165.
+    """
+    if n_tiles == 1:
+        return float(k > r)
+    inside, outside = -math.log(n_tiles), math.log1p(-1 / n_tiles)
+    tail = 0.0
+    for count in range(r + 1, min(k, r + 200) + 1):
+        ways = math.lgamma(k + 1) - math.lgamma(count + 1) - math.lgamma(k - count + 1)
+        tail += math.exp(ways + count * inside + (k - count) * outside)
+    return min(1.0, n_tiles * tail)
+
+
+def plan(
+    n_latents: int, width: int, k: int, bn: int = TILE, exact: bool = False, path: str = "auto", R: int | None = None
+) -> Plan:
+    """Path, R and the reason for an encoder of F latents and D channels. ``ValueError`` for values that cannot be."""
+    if not 1 <= k <= n_latents:
+        raise ValueError(f"k must lie in 1..{n_latents}, got {k}")
+    if path not in ("auto", "A", "B", "C"):
+        raise ValueError(f"path must be auto, A, B or C, got {path!r}")
+    if R is not None and not (1 <= R <= min(bn, 32) and R & (R - 1) == 0):
+        raise ValueError(f"R must be a power of two from 1 to {min(bn, 32)}, got {R}")
+    n_tiles = triton.cdiv(n_latents, bn)
+    r = R or (8 if exact or missed_share(n_tiles, k, 4) > MISSED else 4)
+    if n_tiles * r < 4 * k:
+        reason = f"{n_tiles} tiles of {r} candidates are fewer than 4 K = {4 * k}"
+        if path in ("A", "B"):
+            raise ValueError(f"path {path} is not possible: {reason}; use path C")
+        return Plan("C", r, reason)
+    if path != "auto":
+        return Plan(path, r, "asked for")
+    if any(width <= measured for measured in FUSED_WIDTHS):
+        return Plan("A", r, f"the fused encoder was measured faster at D = {width}")
+    return Plan("B", r, f"{n_tiles} tiles of {r} candidates, product by cuBLAS in blocks")
+
+
+@triton.jit
+def _fused_kernel(  # type: ignore[no-untyped-def]
+    u_ptr, w_ptr, b_ptr, out_ptr, n_tokens, n_tiles, width,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One program = BM tokens x one tile: product over D, bias, keys, the R largest of each token to ``out``."""
+    pid = tl.program_id(0)
+    per_group = GROUP * n_tiles
+    first = (pid // per_group) * GROUP
+    in_group = tl.minimum(tl.cdiv(n_tokens, BM) - first, GROUP)
+    block = first + (pid % per_group) % in_group
+    tile = (pid % per_group) // in_group
+    rows = block * BM + tl.arange(0, BM)
+    columns = tl.arange(0, BN)
+    channels = tl.arange(0, BK)
+    # Rows past the end repeat the last one: loads without a mask stay asynchronous and wide.
+    tokens = tl.minimum(rows, n_tokens - 1).to(tl.int64)
+    u_ptrs = u_ptr + tokens[:, None] * width + channels[None, :]
+    w_ptrs = w_ptr + tile.to(tl.int64) * BN * width + columns[None, :] * width + channels[:, None]
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, width, BK):
+        if WHOLE:
+            u = tl.load(u_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            u = tl.load(u_ptrs, mask=(start + channels < width)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(start + channels < width)[:, None], other=0.0)
+        if INTERPRETED:  # 16-bit products are wrong there
+            u = u.to(tl.float32)
+            w = w.to(tl.float32)
+        total = tl.dot(u, w, total, input_precision="ieee")
+        u_ptrs += BK
+        w_ptrs += BK
+    h = total + tl.load(b_ptr + tile * BN + columns)[None, :]
+    keys = _keys(h, columns[None, :], BN, INTERPRETED)
+    _store_largest(keys, out_ptr + (rows.to(tl.int64) * n_tiles + tile) * R, rows < n_tokens, R)
+
+
+def _candidates_fused(u_nD: Tensor, prepared: PreparedEncoder, r: int, fused: Fused, out_nC: Tensor) -> None:
+    (n_tokens, width), n_tiles = u_nD.shape, prepared.n_tiles
+    with torch.cuda.device_of(u_nD):
+        _fused_kernel[(triton.cdiv(n_tokens, fused.rows) * n_tiles,)](
+            u_nD, prepared.W_PD, prepared.b_P, out_nC, n_tokens, n_tiles, width,
+            BM=fused.rows, BN=prepared.tile, BK=fused.channels, R=r, GROUP=fused.group,
+            WHOLE=width % fused.channels == 0, INTERPRETED=INTERPRETED, num_warps=fused.warps, num_stages=fused.stages,
+        )  # fmt: skip
+
+
+def _product(u_nD: Tensor, W_PD: Tensor, out_nP: Tensor) -> None:
+    """``out = u @ W.T`` in float32 whatever the operands' type: never rounded to 16 bits on the way."""
+    if u_nD.dtype == torch.float32:
+        torch.mm(u_nD, W_PD.t(), out=out_nP)
+    elif u_nD.is_cuda:
+        torch.mm(u_nD, W_PD.t(), out_dtype=torch.float32, out=out_nP)
+    else:
+        torch.mm(u_nD.float(), W_PD.float().t(), out=out_nP)
+
+
+def _candidates_blocks(u_nD: Tensor, prepared: PreparedEncoder, r: int, out_nC: Tensor) -> None:
+    tiles = max(1, BLOCK_LATENTS // prepared.tile)
+    rows, bn = min(BLOCK_ROWS, len(u_nD)), prepared.tile
+    buffer = torch.empty(rows * min(tiles, prepared.n_tiles) * bn, dtype=torch.float32, device=u_nD.device)
+    for tile in range(0, prepared.n_tiles, tiles):
+        part = slice(tile * bn, min(tile + tiles, prepared.n_tiles) * bn)
+        W_pD, b_p = prepared.W_PD[part], prepared.b_P[part]
+        for start in range(0, len(u_nD), rows):
+            u = u_nD[start : start + rows]
+            h_np = buffer[: len(u) * len(b_p)].view(len(u), len(b_p))
+            _product(u, W_pD, h_np)
+            topk_select.select_block(h_np, b_p, out_nC[start : start + rows], tile, bn, r)
+
+
+def _dense_topk(
+    u_nD: Tensor, prepared: PreparedEncoder, k: int, settle_ties: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, flags) by ``torch.topk`` on blocks of rows; NaN is the largest value.
+
+    With ``settle_ties`` the lower of equal latents wins, and the device is waited for once per block.
+    """
+    rows = max(1, BLOCK_ROWS * BLOCK_LATENTS // len(prepared.b_P))
+    made = []
+    for u in u_nD.split(rows):
+        h_nP = torch.empty(len(u), len(prepared.b_P), dtype=torch.float32, device=u.device)
+        _product(u, prepared.W_PD, h_nP)
+        h_nP += prepared.b_P
+        natural = h_nP.view(len(u), prepared.n_tiles, prepared.tile).transpose(1, 2).reshape(len(u), -1)
+        h_nF = natural[:, : prepared.n_latents]
+        values, indices = torch.topk(h_nF, min(k + 1, prepared.n_latents), dim=1)
+        kth, following = values[:, k - 1], values[:, -1]
+        tied = (kth == following) | kth.isnan()
+        tied &= ~(following <= 0) & (values.shape[1] > k)
+        values, indices = values[:, :k], indices[:, :k]
+        if settle_ties and bool(tied.any()):
+            ordered = torch.sort(h_nF[tied], dim=1, descending=True, stable=True)
+            values, indices = values.clone(), indices.clone()
+            values[tied], indices[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+            tied = torch.zeros_like(tied)
+        flags = torch.where(values.isnan().any(1), topk_select.HIDDEN, tied * topk_select.TIE)
+        made.append((values.relu(), indices.to(torch.int32), flags.to(torch.int8)))
+    values, indices, flags = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return values, indices, flags
+
+
+def refusal(u_ND: Tensor, prepared: PreparedEncoder, k: int) -> Exception | None:
+    """The error for operands that :func:`encode_topk` does not take, with what was found; None if it takes them."""
+    W_PD = prepared.W_PD
+    found = (
+        f"u {tuple(u_ND.shape)} {u_ND.dtype} strides {u_ND.stride()} on {u_ND.device}, W_enc "
+        f"{(prepared.n_latents, W_PD.shape[1])} {W_PD.dtype} on {W_PD.device}, k {k}"
+    )
+    if u_ND.dtype != W_PD.dtype:
+        return TypeError(f"u and the prepared W_enc must have one type; got {found}")
+    if u_ND.dim() != 2 or u_ND.shape[1] != W_PD.shape[1]:
+        return ValueError(f"u must be [N, D] with the D of W_enc; got {found}")
+    if u_ND.device != W_PD.device or u_ND.device != prepared.b_P.device:
+        return ValueError(f"u and the prepared encoder must lie on one device; got {found}")
+    if not u_ND.is_contiguous():
+        return ValueError(f"u must be contiguous; got {found}")
+    if not 1 <= k <= prepared.n_latents or len(u_ND) * k >= 2**31:
+        return ValueError(f"k must lie in 1..{prepared.n_latents} and N * K below 2^31; got {found}")
+    return None
+
+
+def encode_topk(
+    u_ND: Tensor, prepared: PreparedEncoder, k: int, exact: bool = False, path: str = "auto", R: int | None = None,
+    fused: Fused | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(values_NK float32, indices_NK int32, flags_N int8): relu of the K largest of ``u W_enc + b_enc`` per token.
+
+    Slots have no order; a slot of value 0 is empty. Flag 0: the set is that of the float32 products. Flag 1: a tile may
+    hide a winner, or NaN. Flag 2: more candidates than slots share the K-th value, to 16 bits of fraction. Values are
+    truncated to those 16 bits (paths A and B). ``exact``: flagged tokens are computed again densely, of equal values
+    the lower latent wins, values are gathered float32 dot products, and flags tell what was flagged before; the device
+    is waited for once. No gradient. Errors as in :func:`refusal` and :func:`plan`.
+    """
+    error = refusal(u_ND, prepared, k)
+    if error is not None:
+        raise error
+    chosen = plan(prepared.n_latents, u_ND.shape[1], k, prepared.tile, exact, path, R)
+    n_tokens, device = len(u_ND), u_ND.device
+    values_NK = torch.empty(n_tokens, k, dtype=torch.float32, device=device)
+    indices_NK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
+    flags_N = torch.empty(n_tokens, dtype=torch.int8, device=device)
+    if n_tokens == 0:
+        return values_NK, indices_NK, flags_N
+    with torch.no_grad():
+        if chosen.path == "C":
+            return _dense_topk(u_ND, prepared, k, settle_ties=exact)
+        n_candidates = prepared.n_tiles * chosen.candidates
+        slab = min(n_tokens, max(1, CANDIDATE_BYTES // (4 * n_candidates)))
+        candidates_nC = torch.empty(slab, n_candidates, dtype=torch.int32, device=device)
+        for start in range(0, n_tokens, slab):
+            part = slice(start, start + slab)
+            u_nD = u_ND[part]
+            out_nC = candidates_nC[: len(u_nD)]
+            if chosen.path == "A":
+                settings = fused or FUSED[u_ND.element_size()]
+                _candidates_fused(u_nD, prepared, chosen.candidates, settings, out_nC)
+            else:
+                _candidates_blocks(u_nD, prepared, chosen.candidates, out_nC)
+            topk_select.select_rows(
+                out_nC, prepared.n_latents, prepared.tile, chosen.candidates,
+                values_NK[part], indices_NK[part], flags_N[part],
+            )  # fmt: skip
+        if exact:
+            _settle(u_ND, prepared, k, values_NK, indices_NK, flags_N)
+    return values_NK, indices_NK, flags_N
+
+
+def _settle(
+    u_ND: Tensor, prepared: PreparedEncoder, k: int, values_NK: Tensor, indices_NK: Tensor, flags_N: Tensor
+) -> None:
+    """Flagged tokens anew, then all values in full precision."""
+    rows_n = flags_N.nonzero().squeeze(1)
+    if len(rows_n):
+        indices_NK[rows_n] = _dense_topk(u_ND[rows_n], prepared, k, settle_ties=True)[1]
+    topk_select.gathered_values(u_ND, prepared.W_PD, prepared.b_P, indices_NK, prepared.tile, values_NK)
