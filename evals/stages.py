@@ -159,7 +159,7 @@ class Pipeline:
         with self.log.stage("train SAEs") as stage:
             try:
                 cfgs, meta = self.cfg.train_configs(), self._meta(store)
-                folders = train_many(self.root, store, cfgs, meta, force=self.cfg.force)
+                folders = train_many(self.root, store, cfgs, meta, device=self.cfg.device, force=self.cfg.force)
             except TrainingDiverged as error:  # the SAEs that did converge go on
                 if not error.paths:
                     raise

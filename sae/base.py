@@ -70,10 +70,14 @@ class TrainState:
     d_in: int
     tokens: int = 0
     """Tokens seen."""
-    v_e: float = 0.0
-    """Variance of the error of the last step (auxiliary loss)."""
-    l0: float = 0.0
+    v_e: float | Tensor = 0.0
+    """Variance of the error of the last step (auxiliary loss); like all figures of a step, on a GPU a tensor."""
+    l0: float | Tensor = 0.0
     """Mean active latents per token of the last step."""
+    logged: bool = True
+    """Whether the figures of this step will be read."""
+    n_dead_late: int = 0
+    """Number of dead latents as the host last heard of it; only what runs on a GPU uses it (sae.fused_step)."""
     sparsity_ramp: float = 1.0
     """Warm-up factor of the sparsity coefficient."""
 
@@ -89,7 +93,7 @@ class TrainState:
     def after_step(self, n_tokens: int, step: "StepLoss") -> None:
         """Counters move at the end of a step, so the loss of step t uses the dead of step t - 1."""
         self.tokens += n_tokens
-        self.last_fired_tokens_F[step.fired_F] = self.tokens
+        self.last_fired_tokens_F.masked_fill_(step.fired_F, self.tokens)
         self.v_e, self.l0 = step.v_e, step.l0
 
 
@@ -104,15 +108,15 @@ class StepLoss(NamedTuple):
     """auxiliary loss times its weight,"""
     sparsity: Tensor
     """sparsity penalty times its weight."""
-    y_ND: Tensor
-    """Detached reconstruction in normalised space."""
+    y_ND: Tensor | None
+    """Detached reconstruction in normalised space; None where nobody reads it (``TrainState.logged``)."""
     fired_F: Tensor
     """bool: latents above ``fire_eps`` on some token; being selected with value 0 is not firing."""
-    l0: float
+    l0: float | Tensor
     """Mean active latents per token."""
-    v_e: float
+    v_e: float | Tensor
     """Variance of the error."""
-    aux_active: float
+    aux_active: float | Tensor
     """Mean dead latents per token that took part in the auxiliary loss with a positive value."""
 
 
@@ -245,8 +249,9 @@ def step_loss(
     total, aux, aux_active = mse + sparsity, mse.new_zeros(()), 0.0
     if with_aux and state.cfg.aux_alpha > 0 and bool((dead_F := state.dead_F).any()):
         found = losses.aux_k(
-            residual_ND, n_ND, sae.b_pre_D, sae.W_enc_FD, sae.b_enc_F, sae.W_dec_FD, dead_F, state.cfg.aux_k, state.v_e
-        )
+            residual_ND, n_ND, sae.b_pre_D, sae.W_enc_FD, sae.b_enc_F, sae.W_dec_FD, dead_F, state.cfg.aux_k,
+            float(state.v_e),
+        )  # fmt: skip
         aux, aux_active = state.cfg.aux_alpha * found.loss, found.active
         total = total + aux
     values_E = entries.values_E.detach()

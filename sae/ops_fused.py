@@ -170,6 +170,11 @@ def usable(n_ND: Tensor, *parameters: Tensor, impl: Impl = "auto") -> bool:
     return not reason
 
 
+def weighted_column_sum(weights_N: Tensor, rows_ND: Tensor) -> Tensor:
+    """float32 ``sum over n of weights_N * rows_ND[n]`` in one pass over rows of any float type (Triton alone)."""
+    return _kernels().row_steps.weighted_column_sum(weights_N, rows_ND)  # type: ignore[no-any-return]
+
+
 def project_gradient_(grad_FD: Tensor, W_FD: Tensor) -> Tensor:
     """:func:`sae.optim.project_gradient_`, on CUDA in one pass (TRAINING 6, step 5)."""
     if usable(grad_FD, W_FD) and grad_FD.is_contiguous():

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import checkpoint, console, losses, manifest, metrics, optim
+from sae import checkpoint, console, losses, manifest, metrics, ops_fused, optim
 from sae.base import SAE, NormStats, StepLoss, TrainState
 from sae.config import InputNorm, SAEConfig, SubjectMeta, TrainConfig, to_dict
 from sae.errors import ConfigError, DataError, SaescopeError
+from sae.lagged import Lagged
 from sae.metric_log import MetricLog
 from sae.plugins import find
 
@@ -87,6 +88,8 @@ class Run:
     optimiser: torch.optim.Adam
     log: MetricLog
     n_steps: int
+    late: Lagged | None = None
+    """Loss and number of dead latents of each step on their way from a GPU; None where the host has them at once."""
     step: int = 0
     seconds: float = 0.0
     """Time spent on this SAE alone."""
@@ -117,21 +120,30 @@ def sae_id_of(cfg: TrainConfig, meta: SubjectMeta, key: str) -> str:
 
 
 def train_many(
-    root: Path, store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta, *, force: bool = False
+    root: Path,
+    store: Store,
+    cfgs: Sequence[TrainConfig],
+    meta: SubjectMeta,
+    *,
+    device: str | torch.device = "cpu",
+    force: bool = False,
 ) -> list[Path]:
     """Folders ``root/saes/<sae_id>`` in the order of ``cfgs``; complete ones are not trained again unless ``force``.
 
     All configurations need the same ``batch_tokens``. An SAE whose loss becomes non-finite is stopped, the others go
     on, and :class:`TrainingDiverged`, which lists both, is raised at the end. ``ConfigError`` for configurations that
-    do not go together, ``DataError`` for a store smaller than a batch; both before any work.
+    do not go together, ``DataError`` for a store smaller than a batch; both before any work. ``device``: where weights,
+    optimiser and batches lie; a GPU multiplies bfloat16 copies of the weights (TRAINING 7); what is saved comes back to
+    the CPU. It is no part of the key: SAEs of two devices differ by rounding, and the manifest names the GPU.
     """
+    device = torch.device(device)
     _check(store, cfgs, meta)
     keys = [train_key(cfg, store.key) for cfg in cfgs]
     folders = [Path(root) / "saes" / sae_id_of(cfg, meta, key) for cfg, key in zip(cfgs, keys, strict=True)]
     missing = [i for i, folder in enumerate(folders) if force or not manifest.is_complete(folder)]
     if not missing:
         return folders
-    sample_ND = _start_sample(store)
+    sample_ND = _start_sample(store).to(device)
     failures: dict[str, str] = {}
     with ExitStack() as stack:
         runs = []
@@ -139,7 +151,7 @@ def train_many(
             log = stack.enter_context(MetricLog(_run_folder(folders[i]) / "train.jsonl"))
             runs.append(_start(cfgs[i], meta, keys[i], folders[i], store, sample_ND, log))
         del sample_ND
-        _loop(store, runs, failures)
+        _loop(store, runs, failures, device)
     if failures:
         raise TrainingDiverged(failures, [f for f in folders if manifest.is_complete(f) and f.name not in failures])
     return folders
@@ -190,6 +202,8 @@ def _start(
             train_tokens=None, train_steps=None, seed=cfg.seed, train=to_dict(cfg),
         )
     )
+    device = sample_ND.device
+    sae.to(device)
     n_ND, _ = sae.normalise(sample_ND)
     v0 = float(losses.variance(n_ND))
     if not (math.isfinite(v0) and v0 > 0):
@@ -197,13 +211,18 @@ def _start(
     sae.initialise(n_ND, cfg.seed)
     state = TrainState(
         cfg=cfg, v0=v0, input_rms_norm=float(n_ND.double().square().sum(1).mean().sqrt()),
-        last_fired_tokens_F=torch.zeros(cfg.d_sae, dtype=torch.int64), d_in=store.d_in,
-    )
+        last_fired_tokens_F=torch.zeros(cfg.d_sae, dtype=torch.int64, device=device), d_in=store.d_in,
+    )  # fmt: skip
     n_steps = max(1, cfg.train_tokens // cfg.batch_tokens)
-    return Run(cfg, sae, key, folder, state, optim.adam(list(sae.parameters()), cfg), log, n_steps)
+    optimiser = optim.adam(list(sae.parameters()), cfg)
+    return Run(cfg, sae, key, folder, state, optimiser, log, n_steps, late=_late(device))
 
 
-def _loop(store: Store, runs: list[Run], failures: dict[str, str]) -> None:
+def _late(device: torch.device) -> Lagged | None:
+    return None if device.type == "cpu" else Lagged()
+
+
+def _loop(store: Store, runs: list[Run], failures: dict[str, str], device: torch.device) -> None:
     """Feed all runs; each is saved as soon as it has had its steps."""
     batch_tokens = runs[0].cfg.batch_tokens
     n_steps = max(run.n_steps for run in runs)
@@ -211,6 +230,9 @@ def _loop(store: Store, runs: list[Run], failures: dict[str, str]) -> None:
     names = f"training {len(runs)} SAE{'s' if len(runs) > 1 else ''}"
     with console.progress(names, total=n_steps * batch_tokens, unit="tok") as bar:
         for x_ND, _ in store.batches(batch_tokens, seed=DATA_SEED, epochs=epochs):
+            if device.type == "cuda":  # pinned, so that the copy goes on while the last step runs
+                x_ND = x_ND.pin_memory()
+            x_ND = x_ND.to(device, non_blocking=True)
             normalised: dict[InputNorm, tuple[Tensor, NormStats]] = {}
             for run in runs:
                 if not run.active:
@@ -238,24 +260,36 @@ def _step(run: Run, x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
     sae, cfg, state = run.sae, run.cfg, run.state
     rate = cfg.lr * optim.lr_factor(run.step, run.n_steps, cfg.lr_warmup_steps, cfg.lr_decay_share)
     state.sparsity_ramp = optim.ramp(run.step, run.n_steps, L1_RAMP_SHARE)
+    every = max(1, min(LOG_EVERY_STEPS, run.n_steps // ROWS_PER_RUN))
+    state.logged = run.step % every == 0 or run.step == run.n_steps - 1
     found = sae.training_loss(n_ND, state)
-    if not bool(torch.isfinite(found.total)):
-        run.failure = f"the loss is {float(found.total.detach())} at step {run.step + 1} of {run.n_steps}"
+    if run.late is None and not bool(torch.isfinite(found.total)):
+        _fail(run, run.step + 1, float(found.total.detach()))
         return
     found.total.backward()
-    optim.project_gradient_(_gradient(sae.W_dec_FD), sae.W_dec_FD)
-    logged = run.step % max(1, min(LOG_EVERY_STEPS, run.n_steps // ROWS_PER_RUN)) == 0 or run.step == run.n_steps - 1
-    gradient_norm = _gradient_norm(sae) if logged else 0.0
+    ops_fused.project_gradient_(_gradient(sae.W_dec_FD), sae.W_dec_FD)
+    gradient_norm = _gradient_norm(sae) if state.logged else 0.0
     for group in run.optimiser.param_groups:
         group["lr"] = rate
     run.optimiser.step()
     run.optimiser.zero_grad(set_to_none=True)
-    optim.normalise_rows_(sae.W_dec_FD)
+    ops_fused.unit_rows_(sae.W_dec_FD, getattr(sae, "copies", None))
     state.after_step(len(x_ND), found)
     run.step += 1
+    if run.late is not None:
+        run.late.push(run.step, torch.stack([found.total.detach().double(), state.dead_F.sum().double()]))
+        for step, (loss, n_dead) in run.late.take(everything=run.step == run.n_steps):
+            state.n_dead_late = int(n_dead)
+            if not math.isfinite(loss):
+                _fail(run, step, loss)
+                return
     run.seconds += time.monotonic() - started
-    if logged:
+    if state.logged:
         _log(run, found, x_ND, stats, rate, gradient_norm)
+
+
+def _fail(run: Run, step: int, loss: float) -> None:
+    run.failure = f"the loss is {loss} at step {step} of {run.n_steps}"
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -269,25 +303,28 @@ def _gradient_norm(sae: SAE) -> float:
 
 def _log(run: Run, found: StepLoss, x_ND: Tensor, stats: NormStats, rate: float, gradient_norm: float) -> None:
     state, sae = run.state, run.sae
-    batch_fvu = metrics.fvu(x_ND, sae.denormalise(found.y_ND, stats))
+    batch_fvu = None if found.y_ND is None else metrics.fvu(x_ND, sae.denormalise(found.y_ND, stats))
     n_dead = int(state.dead_F.sum())
     row_error = float((torch.linalg.vector_norm(sae.W_dec_FD.detach(), dim=1) - 1).abs().max())
     run.last = {
         "step": run.step, "tokens": state.tokens, "seconds": round(run.seconds, 3),
         "tokens_per_s": round(state.tokens / max(run.seconds, 1e-9)), "loss": float(found.total.detach()),
         "mse": float(found.mse), "aux": float(found.aux), "sparsity": float(found.sparsity), "fvu": batch_fvu,
-        "l0": found.l0, "n_dead": n_dead, "aux_active": found.aux_active, "lr": rate, "grad_norm": gradient_norm,
-        "decoder_row_error": row_error,
-    }
+        "l0": float(found.l0), "n_dead": n_dead, "aux_active": float(found.aux_active), "lr": rate,
+        "grad_norm": gradient_norm, "decoder_row_error": row_error,
+    }  # fmt: skip
     run.log.write(run.last)
     fvu_text = "-" if batch_fvu is None else f"{batch_fvu:.3f}"
-    run.note = f"{run.cfg.architecture}: loss {run.last['loss']:.3f} FVU {fvu_text} L0 {found.l0:.0f} dead {n_dead}"
+    l0_text = f"L0 {run.last['l0']:.0f}"
+    run.note = f"{run.cfg.architecture}: loss {run.last['loss']:.3f} FVU {fvu_text} {l0_text} dead {n_dead}"
 
 
 def _finish(run: Run, store: Store) -> None:
     """Write the artefact of a finished run and remove its working folder."""
     run.sae.cfg = replace(run.sae.cfg, train_tokens=run.state.tokens, train_steps=run.step)
     run.log.close()
+    device = run.state.last_fired_tokens_F.device
+    run.sae.to("cpu")
     kept = np.asarray(store.kept_N)
     sample_ND = store.read(kept[: min(len(kept), 8 * checkpoint.REFERENCE_TOKENS)])
     config, inputs = to_dict(run.cfg), {"activations": store.key}
@@ -296,5 +333,6 @@ def _finish(run: Run, store: Store) -> None:
     ) as writer:
         checkpoint.save(run.sae, writer.path, sample_ND)
         shutil.copyfile(run.log.path, writer.path / "train.jsonl")
-        writer.counts = {"sae_id": run.folder.name, "threads": torch.get_num_threads(), **run.last}
+        gpu = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+        writer.counts = {"sae_id": run.folder.name, "threads": torch.get_num_threads(), **gpu, **run.last}
     shutil.rmtree(_run_folder(run.folder), ignore_errors=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae import ops
+from sae import fused_step, ops, ops_fused
 from sae.base import SAE, StepLoss, TrainState, step_loss
 from sae.config import SAEConfig
 from sae.errors import ConfigError
@@ -19,6 +19,8 @@ class TopK(SAE):
         if cfg.k is None:
             raise ConfigError("a topk SAE needs k")
         self.k: int = cfg.k
+        self.copies: ops_fused.ComputeCopies | None = None
+        """Compute copies of the weights, while the SAE is trained on a GPU."""
 
     def encode_entries(self, n_ND: Tensor) -> ops.Entries:
         return ops.entries_of(self._latents(n_ND))
@@ -30,7 +32,14 @@ class TopK(SAE):
         return ops.encode_topk(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, self.k)
 
     def training_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
-        """Normalised squared error plus ``aux_alpha`` times the auxiliary loss of dead latents."""
+        """Normalised squared error plus ``aux_alpha`` times the auxiliary loss of dead latents.
+
+        On a GPU with Triton as one operation (:mod:`sae.fused_step`), else by the separate ones.
+        """
+        if ops_fused.usable(n_ND, self.W_enc_FD):
+            if self.copies is None:
+                self.copies = ops_fused.ComputeCopies.of(self.W_enc_FD, self.b_enc_F, self.W_dec_FD)
+            return fused_step.training_loss(self, self.k, n_ND, state, self.copies)
         no_penalty = torch.zeros((), dtype=n_ND.dtype, device=n_ND.device)
         return step_loss(self, n_ND, self.encode_entries(n_ND), state, no_penalty, with_aux=True)
 
