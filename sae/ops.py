@@ -6,18 +6,21 @@ Only the encoder product is dense. Codes are lists of entries, and every gradien
 150 ms, selection 40 ms, decode 5 ms, value gradient 22 ms, each weight gradient 5 ms; a dense product costs 150 ms.
 """
 
-import logging
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as nn_functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae import ops_cpu, ops_gpu
+
+if TYPE_CHECKING:
+    from sae_kernels.topk_encode import PreparedEncoder
+
 Impl = Literal["auto", "torch", "triton"]
 BLOCK_BYTES = 32 * 2**20
 """Pre-activations are made in row blocks of about this size and never stored for all tokens."""
-logger = logging.getLogger(__name__)
 
 
 class SparseLatents(NamedTuple):
@@ -74,7 +77,7 @@ def topk(h_NF: Tensor, k: int) -> SparseLatents:
     n_latents = h_NF.shape[1]
     if not 1 <= k <= n_latents:
         raise ValueError(f"k must lie in 1..{n_latents}, got {k}")
-    values, indices = torch.topk(h_NF, min(k + 1, n_latents), dim=1)
+    values, indices = ops_cpu.largest(h_NF, min(k + 1, n_latents))
     tied_N = (values[:, k - 1] == values[:, -1]) & (values[:, -1] > 0) if k < n_latents else None
     values, indices = values[:, :k], indices[:, :k]
     if tied_N is not None and bool(tied_N.any()):
@@ -191,11 +194,25 @@ def _blocks(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Any:
     buffer_nF = u_ND.new_empty(rows, len(W_enc_FD))
     for start in range(0, len(u_ND), max(rows, 1)):
         u_nD = u_ND[start : start + rows]
-        yield torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=buffer_nF[: len(u_nD)]), slice(start, start + len(u_nD))
+        h_nF = buffer_nF[: len(u_nD)]
+        with ops_cpu.quick_product(u_nD, W_enc_FD):
+            torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=h_nF)
+        yield h_nF, slice(start, start + len(u_nD))
 
 
-def encode_topk(n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> SparseLatents:
-    """``topk((n - b_pre) @ W_enc.T + b_enc)``, differentiable in all tensors, N x F never stored."""
+def encode_topk(
+    n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, impl: Impl = "auto", *,
+    prepared: "PreparedEncoder | None" = None, exact: bool = True,
+) -> SparseLatents:  # fmt: skip
+    """``topk((n - b_pre) @ W_enc.T + b_enc)``, differentiable in all tensors, N x F never stored.
+
+    ``impl`` as in :func:`sparse_decode`. Triton alone looks at the rest: ``prepared``, a current compute copy of W_enc
+    and b_enc (made here otherwise), whose type is that of the product; ``exact=False`` saves the second look at tokens
+    whose set of latents may be off by one (about 0.5 % of them) and gives values of 16 bits of fraction. Slots are in
+    falling order of value by torch, in no order by Triton.
+    """
+    if impl == "triton" or (impl == "auto" and ops_gpu.takes_encoder(n_ND, W_enc_FD)):
+        return SparseLatents(*ops_gpu.encode_topk(n_ND, b_pre_D, W_enc_FD, b_enc_F, k, prepared, exact))
     return SparseLatents(*_EncodeTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k))
 
 
@@ -273,42 +290,6 @@ def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor, impl:
             "sparse_decode wants values [N, K], indices [N, K] and W_dec [F, D], got "
             f"{tuple(values_NK.shape)}, {tuple(indices_NK.shape)}, {tuple(W_dec_FD.shape)}"
         )
-    if impl == "triton" or (impl == "auto" and _triton_usable(values_NK, indices_NK, W_dec_FD)):
-        return _triton_decode(values_NK, indices_NK, W_dec_FD)
+    if impl == "triton" or (impl == "auto" and ops_gpu.takes_decode(values_NK, indices_NK, W_dec_FD)):
+        return ops_gpu.sparse_decode(values_NK, indices_NK, W_dec_FD)
     return decode_entries(entries_of(SparseLatents(values_NK, indices_NK)), W_dec_FD)
-
-
-def _triton_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> Tensor:
-    try:
-        from sae_kernels.sparse_decode import sparse_decode as kernel
-
-        return kernel(values_NK, indices_NK, W_dec_FD)
-    except ImportError as error:
-        raise ValueError(f"impl='triton' is not available here ({error}); use impl='auto' or 'torch'") from error
-    except RuntimeError as error:
-        if "active driver" not in str(error):
-            raise
-        raise ValueError(
-            f"impl='triton' wants CUDA tensors, got tensors on {values_NK.device}; use impl='auto' or 'torch'"
-        ) from error
-
-
-_WARNED: set[str] = set()
-
-
-def _triton_usable(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> bool:
-    """Whether the kernel takes these operands; on CUDA a refusal is logged, once per kind of error."""
-    if values_NK.device.type != "cuda":
-        return False
-    reason: Exception | None
-    try:
-        import sae_kernels.sparse_decode  # noqa: F401
-        from sae_kernels.launch import refusal
-
-        reason = refusal(values_NK, indices_NK, W_dec_FD)
-    except ImportError as error:
-        reason = error
-    if reason is not None and type(reason).__name__ not in _WARNED:
-        _WARNED.add(type(reason).__name__)
-        logger.warning("the Triton kernel cannot be used (%s); using torch, which is slower", reason)
-    return reason is None
