@@ -34,18 +34,17 @@ def _show(root: Path) -> None:
     from autointerp.pipeline import open_explanations, open_scores
 
     for sae_id, chain in sorted(find_chains(root).items()):
-        value = {
-            (s.explanation_id, s.scorer, s.metric): s.value
-            for s in open_scores(chain["scores"]).scores
-            if not s.floor_kind and not s.group
-        }
+        found = [s for s in open_scores(chain["scores"]).scores if s.metric == "auc" and not (s.floor_kind or s.group)]
+        value = {(s.explanation_id, s.scorer): s.value for s in found}
+        scorers = sorted({s.scorer for s in found})
         rows = []
         for e in open_explanations(chain["explanations"]):
             if e.selected:
-                auc = value.get((e.explanation_id, "embedding", "auc"))
+                aucs = [value.get((e.explanation_id, scorer)) for scorer in scorers]
                 text = e.text if e.failure is None else f"({e.failure.code})"
-                rows.append((e.latent, e.explainer, "" if auc is None else f"{auc:.2f}", text))
-        console.table(sae_id, ("latent", "explainer", "AUC", "explanation"), rows, right=(0, 2))
+                rows.append((e.latent, e.explainer, *("" if a is None else f"{a:.2f}" for a in aucs), text))
+        columns = ("latent", "explainer", *(f"AUC {scorer}" for scorer in scorers), "explanation")
+        console.table(sae_id, columns, rows, right=(0, *range(2, 2 + len(scorers))))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,11 +7,11 @@ counted; ``value_worst`` counts it as a wrong answer. Values never are NaN: an u
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from autointerp.interfaces import ScoreJob
+from autointerp.interfaces import ScoreJob, ScoreResult
 from autointerp.rates import (
     auc,
     auc_interval,
@@ -222,6 +222,24 @@ def base_score(job: ScoreJob, *, scorer: str, version: int, judge: str) -> dict:
         "base_rate": job.pi,
         "floor_kind": job.floor_kind,
     }
+
+
+def cut_scores(
+    job: ScoreJob, values: Callable[[str, Sequence[Exemplar]], Sequence[float]], metrics: Sequence[str], **identity: Any
+) -> ScoreResult:
+    """Result of a judge that values every window and never fails; its cut is chosen on the calibrate windows.
+
+    ``values(text, windows)`` gives one number per window; ``identity``: scorer, version, judge.
+    """
+    text, failure = job.explanation.text, job.explanation.failure
+    if text is None:
+        code = failure.code if failure else "unsupported"  # a bare pattern has no text to judge by
+        return ScoreResult(scores=null_scores(job, code, metrics, **identity))
+    if not job.exemplars or not job.calibrate:
+        return ScoreResult(scores=null_scores(job, "too_few_positive", metrics, **identity))
+    threshold = choose_threshold(values(text, job.calibrate), [e.positive for e in job.calibrate])
+    items = make_items(job, job.exemplars, values(text, job.exemplars), threshold, identity["scorer"])
+    return ScoreResult(scores=detection_scores(job, items, **identity), items=tuple(items))
 
 
 def null_scores(

@@ -47,7 +47,7 @@ class InterpConfig:
     """Explained latents per SAE, drawn uniformly from the eligible."""
     explainers: tuple[str, ...] = ("n2g", "token_list", "pmi")
     """File names in autointerp/explainers."""
-    scorers: tuple[str, ...] = ("embedding", "surprisal", "simulation")
+    scorers: tuple[str, ...] = ("late_interaction", "embedding", "surprisal", "simulation")
     """File names in autointerp/scorers; detection is added when a prompted judge is given."""
     client: str = "transformers"
     """File name in autointerp/clients: transformers (embedded), openai, scripted."""

@@ -18,6 +18,7 @@ from autointerp.config import InterpConfig
 from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import ExplainContext, ScoreContext, ScoreJob, Scorer, ScoreResult, check_needs
 from autointerp.judge_check import check_judge
+from autointerp.phrases import PhraseJudge
 from autointerp.rates import auc
 from autointerp.records import (
     CALIBRATE,
@@ -173,12 +174,10 @@ def _select(candidates: list[Explanation], exemplars: ExemplarTable, ctx: Explai
 def _calibrate_auc(explanation: Explanation, exemplars: ExemplarTable, ctx: ExplainContext) -> float | None:
     if ctx.embedder is None or explanation.text is None:
         return None
-    decoder = Decoder(ctx.tokenizer)
     windows = exemplars.scored(explanation.latent, CALIBRATE)
-    vectors = ctx.embedder.embed([explanation.text, *(decoder.window(e) for e in windows)])
-    cosines = vectors[1:] @ vectors[0]
+    values = np.array(PhraseJudge(ctx.embedder, Decoder(ctx.tokenizer)).values(explanation.text, windows))
     positive = np.array([e.positive for e in windows], dtype=bool)
-    return auc(cosines[positive], cosines[~positive])
+    return auc(values[positive], values[~positive])
 
 
 def open_explanations(folder: Path) -> list[Explanation]:

@@ -121,6 +121,11 @@ def named(word: str) -> str:
     return f"{MARK_NAMES[word]} {word}" if word in MARK_NAMES else word
 
 
+def spelling(word: Word) -> str:
+    """A word as it is embedded: without case, since the sentence model has none; a mark with its name."""
+    return named(word.text.casefold())
+
+
 def peak_word(decoder: Decoder, exemplar: Exemplar) -> tuple[str, str]:
     """(the word that holds the peak, the word before it or ""); ("", "") for a silent window. Spaces between words are
     no words here."""

@@ -178,9 +178,20 @@ def _matching(rows: "pd.DataFrame", spec: ColumnSpec) -> "pd.DataFrame":
     return found.loc[fits]  # not found[fits]: an empty list there would select no columns
 
 
+def _of_one_scorer(found: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str], str]) -> "pd.DataFrame":
+    """The rows of the scorer that the column prefers; all of them where it names none."""
+    if not spec.scorers:
+        return found
+    parts = [slice_parts(s) for s in found["slice"]]
+    used = [p.get("scorer", "") for p in parts]
+    strong = {p.get("scorer", "") for p in parts if (p.get("judge", ""), p.get("scorer", "")) not in weak}
+    best = next((s for s in (*(s for s in spec.scorers if s in strong), *spec.scorers) if s in used), None)
+    return found.loc[[u == best for u in used]]
+
+
 def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str], str]) -> list[Column]:
     """The variants of one headline column, the most recent version first."""
-    found = _matching(rows, spec)
+    found = _of_one_scorer(_matching(rows, spec), spec, weak)
     variants = sorted(
         {
             (-int(v), str(p), str(s))
@@ -192,7 +203,8 @@ def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str],
         parts = slice_parts(slice_text)
         tags = [f"v{-minus_version}", preset] if len({v[:2] for v in variants}) > 1 else []
         if len({v[2] for v in variants}) > 1:
-            tags += [value for name, value in sorted(parts.items()) if (name, value) not in spec.slice]
+            named = {*spec.slice} | ({("scorer", parts.get("scorer", ""))} if spec.scorers else set())
+            tags += [value for name, value in sorted(parts.items()) if (name, value) not in named]
         judge = parts.get("judge", "")
         columns.append(
             Column(

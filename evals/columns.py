@@ -19,6 +19,8 @@ class ColumnSpec:
     digits: int = 3
     slice: tuple[tuple[str, str], ...] = ()
     """Parts that the row's slice must hold; () = the aggregate, slice ""."""
+    scorers: tuple[str, ...] = ()
+    """Of several scorers the first of these whose judge is believed, else the first that was used."""
     floor: str | None = None
     """Key of the column that is this one's floor on the same subject."""
     against_random: bool = True
@@ -26,6 +28,8 @@ class ColumnSpec:
 
 
 _SELECTED = (("explainer", "selected"),)
+JUDGES = ("detection", "late_interaction", "embedding", "surprisal")
+"""A prompted judge before the embedded ones; of these, the one that separates known features best (decision 003)."""
 HEADLINE = (
     ColumnSpec(
         key="l0",
@@ -110,7 +114,8 @@ HEADLINE = (
         eval="explanation",
         metric="auc",
         better="higher",
-        slice=(*_SELECTED, ("scorer", "embedding")),
+        slice=_SELECTED,
+        scorers=JUDGES,
         floor="detection_floor",
         description="Can a judge tell from the explanation on which windows the latent is active? 0.5 is chance.",
     ),
@@ -120,7 +125,8 @@ HEADLINE = (
         eval="explanation",
         metric="floor_auc",
         better="neither",
-        slice=(*_SELECTED, ("scorer", "embedding")),
+        slice=_SELECTED,
+        scorers=JUDGES,
         description="The same judge with another latent's explanation on the same windows.",
     ),
     ColumnSpec(
@@ -129,7 +135,8 @@ HEADLINE = (
         eval="explanation",
         metric="gain_auc",
         better="higher",
-        slice=(*_SELECTED, ("scorer", "embedding")),
+        slice=_SELECTED,
+        scorers=JUDGES,
         description="Detection AUC minus its shuffled floor, paired by latent.",
     ),
     ColumnSpec(
@@ -138,7 +145,8 @@ HEADLINE = (
         eval="explanation",
         metric="precision",
         better="higher",
-        slice=(*_SELECTED, ("scorer", "embedding")),
+        slice=_SELECTED,
+        scorers=JUDGES,
         description="Pooled precision of the judge at the rate at which the latents really fire.",
     ),
     ColumnSpec(

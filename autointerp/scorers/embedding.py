@@ -4,12 +4,14 @@ The cosine of explanation and window is the judge's answer; the cut that turns i
 calibrate windows (LLM decision 2). Metrics: AUTOINTERP 5.2.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from autointerp.classify import DETECTION_METRICS, choose_threshold, detection_scores, make_items, null_scores
-from autointerp.interfaces import EmbedderLike, ScoreContext, ScoreJob, ScoreResult
+from autointerp.classify import DETECTION_METRICS, cut_scores
+from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
+from autointerp.records import Exemplar
 from autointerp.texts import Decoder
 
 DECIMALS = 5
@@ -32,22 +34,13 @@ class Embedding:
         texts = {job.explanation.text or "" for job in usable}
         texts |= {decoder.window(e) for job in usable for e in (*job.exemplars, *job.calibrate)}
         ctx.embedder.embed(sorted(texts))
-        return [self._score(job, decoder, ctx.embedder) for job in jobs]
+        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": ctx.embedder.name}
+        embed = ctx.embedder.embed
 
-    def _score(self, job: ScoreJob, decoder: Decoder, embedder: EmbedderLike) -> ScoreResult:
-        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": embedder.name}
-        failure = job.explanation.failure
-        if job.explanation.text is None:
-            code = failure.code if failure else "unsupported"  # a bare pattern has no text to embed
-            return ScoreResult(scores=null_scores(job, code, self.metrics, **identity))
-        if not job.exemplars or not job.calibrate:
-            return ScoreResult(scores=null_scores(job, "too_few_positive", self.metrics, **identity))
-        query = embedder.embed([job.explanation.text])[0]
-        drawn = _cosines(query, embedder.embed([decoder.window(e) for e in job.exemplars]))
-        known = _cosines(query, embedder.embed([decoder.window(e) for e in job.calibrate]))
-        threshold = choose_threshold(known, [e.positive for e in job.calibrate])
-        items = make_items(job, job.exemplars, drawn, threshold, self.name)
-        return ScoreResult(scores=detection_scores(job, items, **identity), items=tuple(items))
+        def values(text: str, windows: Sequence[Exemplar]) -> list[float]:
+            return _cosines(embed([text])[0], embed([decoder.window(e) for e in windows]))
+
+        return [cut_scores(job, values, self.metrics, **identity) for job in jobs]
 
 
 def _cosines(query_E: np.ndarray, windows_nE: np.ndarray) -> list[float]:

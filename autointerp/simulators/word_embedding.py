@@ -9,7 +9,7 @@ import numpy as np
 
 from autointerp.interfaces import ScoreContext, SimulationPair
 from autointerp.records import Exemplar, Explanation, Failure, Simulation
-from autointerp.texts import Decoder, Word, named
+from autointerp.texts import Decoder, Word, spelling
 
 DECIMALS = 5
 """Cosines are rounded: the last bits hang on which texts shared a batch."""
@@ -28,7 +28,7 @@ class WordEmbedding:
         decoder = Decoder(ctx.tokenizer)
         words = {e.exemplar_id: decoder.words(e.token_ids) for x, e in pairs if x.text is not None}
         texts = {x.text for x, _ in pairs if x.text is not None}
-        texts |= {_spelling(w) for found in words.values() for w in found}
+        texts |= {spelling(w) for found in words.values() for w in found}
         vectors = dict(zip(sorted(texts), ctx.embedder.embed(sorted(texts)), strict=True))
         return [self._simulate(x, e, words.get(e.exemplar_id, []), vectors) for x, e in pairs]
 
@@ -48,13 +48,8 @@ class WordEmbedding:
         query = vectors[explanation.text]
         values = np.zeros(len(exemplar.token_ids))
         for word in words:
-            values[word.first : word.last + 1] = max(0.0, float(vectors[_spelling(word)] @ query))
+            values[word.first : word.last + 1] = max(0.0, float(vectors[spelling(word)] @ query))
         return Simulation(values=tuple(float(v) for v in np.round(values, DECIMALS)), **ids)
-
-
-def _spelling(word: Word) -> str:
-    # The model is uncased; folding here makes "The" and "the" one text to embed.
-    return named(word.text.casefold())
 
 
 PLUGIN = WordEmbedding

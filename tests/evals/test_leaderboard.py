@@ -113,6 +113,24 @@ def test_versions_presets_and_judges_never_share_a_column(root: Path) -> None:
     assert [c.id for c in board.columns_of("kl")] == ["kl"]
 
 
+def test_the_headline_judge_is_the_first_that_passed_its_check(root: Path) -> None:
+    """A prompted judge before the embedded ones, but not one that cannot tell known features apart."""
+    later = synthetic.EMBEDDING.replace("embedding", "late_interaction")
+    prompted = "explainer=selected,scorer=detection,judge=small-lm"
+    write_row_folder(root, info(TOPK), "explanation", {("auc", later): (0.75, 0.01)}, key="k5")
+    [column] = board_of(root).columns_of("detection_auc")
+    assert column.id == "detection_auc" and column.slice == later and not column.weak
+    weak = {("judge_weak", "scorer=detection,judge=small-lm"): (1.0, 0.0)}
+    write_row_folder(root, info(TOPK), "explanation", {("auc", prompted): (0.99, 0.01), **weak}, key="k6")
+    assert [c.slice for c in board_of(root).columns_of("detection_auc")] == [later]
+    strong = {("judge_weak", "scorer=detection,judge=small-lm"): (0.0, 0.0)}
+    write_row_folder(root, info(TOPK), "explanation", {("auc", prompted): (0.99, 0.01), **strong}, key="k7",
+                     created_at="2030-01-01T00:00:00Z")  # fmt: skip
+    board = board_of(root)
+    assert [c.slice for c in board.columns_of("detection_auc")] == [prompted]
+    assert board.cells[TOPK, "detection_auc"].value == 0.99 and board.cells[RELU, "detection_auc"].value is None
+
+
 def test_the_newest_run_counts(root: Path) -> None:
     fvu = {("fvu", ""): (0.111, 0.01)}
     write_row_folder(root, info(TOPK), "reconstruction", fvu, key="old", created_at="2020-01-01T00:00:00Z")
