@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae_kernels import launch, topk_select
 from sae_kernels.topk_select import INTERPRETED, _keys, _store_largest
@@ -45,6 +46,10 @@ class Fused(NamedTuple):
     stages: int
     group: int = 8
     """Row blocks that follow one another with the same tile of W, which then comes from L2."""
+    bulk: bool = False
+    """Loads by tensor descriptors (TMA, from sm_90 on); wants rows of a multiple of 16 bytes."""
+    programs: int = 0
+    """With ``bulk``: programs that share all blocks (a multiple of the number of SMs); 0 = one program per block."""
 
 
 FUSED = {2: Fused(128, 64, 8, 3), 4: Fused(64, 32, 8, 2)}
@@ -199,7 +204,53 @@ def _fused_kernel(  # type: ignore[no-untyped-def]
     _store_largest(keys, out_ptr + (rows.to(tl.int64) * n_tiles + tile) * R, rows < n_tokens, R)
 
 
+@triton.jit
+def _bulk_kernel(  # type: ignore[no-untyped-def]
+    u_desc, w_desc, b_ptr, out_ptr, n_tokens, n_tiles, width,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_fused_kernel`, loads by descriptors; one program takes every ``num_programs``-th block."""
+    n_blocks = tl.cdiv(n_tokens, BM)
+    per_group = GROUP * n_tiles
+    columns = tl.arange(0, BN)
+    for index in range(tl.program_id(0), n_blocks * n_tiles, tl.num_programs(0)):
+        first = (index // per_group) * GROUP
+        in_group = tl.minimum(n_blocks - first, GROUP)
+        block = first + (index % per_group) % in_group
+        tile = (index % per_group) // in_group
+        total = tl.zeros((BM, BN), dtype=tl.float32)
+        for start in range(0, width, BK):
+            u = u_desc.load([block * BM, start])  # past the end of rows and channels: zeros
+            w = w_desc.load([tile * BN, start])
+            if INTERPRETED:
+                u = u.to(tl.float32)
+                w = w.to(tl.float32)
+            total = tl.dot(u, w.T, total, input_precision="ieee")
+        h = total + tl.load(b_ptr + tile * BN + columns)[None, :]
+        keys = _keys(h, columns[None, :], BN, INTERPRETED)
+        rows = block * BM + tl.arange(0, BM)
+        _store_largest(keys, out_ptr + (rows.to(tl.int64) * n_tiles + tile) * R, rows < n_tokens, R)
+
+
+def _candidates_bulk(u_nD: Tensor, prepared: PreparedEncoder, r: int, fused: Fused, out_nC: Tensor) -> None:
+    (n_tokens, width), n_tiles = u_nD.shape, prepared.n_tiles
+    if width * u_nD.element_size() % 16 or u_nD.data_ptr() % 16:
+        raise ValueError(f"bulk loads want rows of a multiple of 16 bytes; got u {tuple(u_nD.shape)} {u_nD.dtype}")
+    total = triton.cdiv(n_tokens, fused.rows) * n_tiles
+    with torch.cuda.device_of(u_nD):
+        _bulk_kernel[(min(total, fused.programs or total),)](
+            TensorDescriptor.from_tensor(u_nD, [fused.rows, fused.channels]),
+            TensorDescriptor.from_tensor(prepared.W_PD, [prepared.tile, fused.channels]),
+            prepared.b_P, out_nC, n_tokens, n_tiles, width,
+            BM=fused.rows, BN=prepared.tile, BK=fused.channels, R=r, GROUP=fused.group,
+            INTERPRETED=INTERPRETED, num_warps=fused.warps, num_stages=fused.stages,
+        )  # fmt: skip
+
+
 def _candidates_fused(u_nD: Tensor, prepared: PreparedEncoder, r: int, fused: Fused, out_nC: Tensor) -> None:
+    if fused.bulk:
+        return _candidates_bulk(u_nD, prepared, r, fused, out_nC)
     (n_tokens, width), n_tiles = u_nD.shape, prepared.n_tiles
     with torch.cuda.device_of(u_nD):
         _fused_kernel[(triton.cdiv(n_tokens, fused.rows) * n_tiles,)](

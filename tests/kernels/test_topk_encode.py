@@ -112,6 +112,21 @@ def test_half_types_sum_in_float32(dtype: torch.dtype, path: str, poisoned: None
     assert values.tolist() == [[556.0]]
 
 
+@pytest.mark.parametrize("programs", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bulk_loads_give_what_pointers_give(dtype: torch.dtype, programs: int, poisoned: None) -> None:
+    if CUDA and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs TMA")
+    u, W, b = operands(37, 40, 250, dtype)  # neither whole blocks of rows nor whole steps of channels
+    prepared = te.prepare(W, b, BN=16)
+    fused = te.Fused(64, 32, 4, 2, 2) if CUDA else te.Fused(16, 16, 1, 1, 2)
+    want = te.encode_topk(u, prepared, 5, path="A", fused=fused)
+    found = te.encode_topk(u, prepared, 5, path="A", fused=fused._replace(bulk=True, programs=programs))
+    assert all(map(torch.equal, found, want))
+    with pytest.raises(ValueError, match="16 bytes"):
+        te.encode_topk(u[:, :33].contiguous(), te.prepare(W[:, :33], b), 1, path="A", fused=fused._replace(bulk=True))
+
+
 @pytest.mark.parametrize("path", ["A", "B", "C"])
 def test_of_equal_values_the_lower_latent_wins_in_exact_mode(path: str, poisoned: None) -> None:
     u, W, b = whole(24, 6, 200)
