@@ -7,7 +7,7 @@ RESULTS ?= results
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check env lint types imports bench site clean
+.PHONY: demo test check env lint types imports bench gpu site clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
@@ -27,6 +27,10 @@ imports: env
 	$(VENV)/bin/lint-imports
 
 bench: env  ## kernels against their references
+	$(PY) kernels/bench.py
+
+gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, then the bench
+	$(PY) -m pytest -m gpu
 	$(PY) kernels/bench.py
 
 site: env  ## rebuild leaderboard and pages from the rows

@@ -96,16 +96,18 @@ def check(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND
 
 @torch.no_grad()
 def decode_error(
-    values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND: Tensor, r_dtype: torch.dtype | None = None
-) -> DecodeError:
+    values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND: Tensor, r_dtype: torch.dtype | None = None,
+    *, size: launch.Blocks | None = None, gathered: int = launch.ROWS,
+) -> DecodeError:  # fmt: skip
     """Error of the reconstruction ``y = sum of values * W[indices] + b`` of the target t; not differentiable itself.
 
-    ``r_dtype``: type of the stored residual, by default that of W. A slot of value 0 adds nothing and has dot product
+    ``r_dtype``: type of the stored residual, by default that of W. ``size``, ``gathered`` (rows per step): settings to
+    be tried by the bench. A slot of value 0 adds nothing and has dot product
     0; another slot whose index lies outside 0..F - 1 makes its token NaN. Errors as in :func:`check`.
     """
     check(values_NK, indices_NK, W_FD, b_D, t_ND)
     (n_tokens, n_slots), (n_latents, width), device = values_NK.shape, W_FD.shape, W_FD.device
-    size = blocks(width)
+    size = size or blocks(width)
     sse_SN = torch.empty(size.programs, n_tokens, dtype=torch.float32, device=device)
     dot_SNK = torch.empty(size.programs, n_tokens, n_slots, dtype=torch.float32, device=device)
     r_ND = torch.empty(n_tokens, width, dtype=r_dtype or W_FD.dtype, device=device)
@@ -114,7 +116,7 @@ def decode_error(
             _decode_error_kernel[(n_tokens, size.programs)](
                 values_NK.contiguous(), indices_NK.contiguous(), W_FD, b_D.contiguous(), t_ND, sse_SN, r_ND, dot_SNK,
                 n_slots, n_latents, width, n_tokens,
-                ROWS=launch.ROWS, CHANNELS=size.channels, num_warps=size.warps,
+                ROWS=gathered, CHANNELS=size.channels, num_warps=size.warps,
             )  # fmt: skip
     if size.programs == 1:
         return DecodeError(sse_SN[0], r_ND, dot_SNK[0])

@@ -23,9 +23,10 @@ def test_rows_are_appended(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         with open(out, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == 4 * runs, "dense and torch, two modes each; Triton only on a GPU"
-    assert {(row["provider"], row["mode"]) for row in rows} == {
-        (p, m) for p in ("dense", "torch") for m in ("forward", "forward+backward")
+        assert len(rows) == 8 * runs, "dense and torch, two operations in two modes; the others only on a GPU"
+    assert {(row["kernel"], row["provider"], row["mode"]) for row in rows} == {
+        *(("sparse_decode", p, m) for p in ("dense", "torch") for m in ("forward", "forward+backward")),
+        *(("topk_step", p, m) for p in ("dense", "torch") for m in ("forward+backward", "step")),
     }
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
@@ -36,3 +37,11 @@ def test_sizes_are_checked(tmp_path: Path) -> None:
     done = bench("--k", "9", "--f", "8", "--out", str(tmp_path / "kernels.csv"))
     assert done.returncode == 2 and "k at most f" in done.stderr
     assert not (tmp_path / "kernels.csv").exists()
+
+
+def test_rows_of_other_columns_are_not_mixed(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.csv"
+    out.write_text("kernel,provider\n")
+    done = bench("--n", "8", "--k", "2", "--f", "16", "--d", "8", "--repeats", "2", "--out", str(out))
+    assert done.returncode != 0 and "other columns" in done.stderr
+    assert out.read_text() == "kernel,provider\n"

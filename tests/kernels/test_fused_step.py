@@ -174,7 +174,7 @@ def test_training_on_a_gpu_follows_the_cpu_without_waiting_for_the_device(tmp_pa
     (again,) = train_many(tmp_path / "again", store, [cfg], META, device="cuda")
     rows = [read_log(folder / "train.jsonl") for folder in (on_cpu, on_gpu)]
     for a, b in zip(*rows, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=0.1, abs=0.02), a["step"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.1, abs=0.05), a["step"]
     assert rows[1][-1]["loss"] < 0.5 * rows[1][0]["loss"]
     weights = [checkpoint.load(folder).W_dec_FD for folder in (on_gpu, again)]
     assert weights[0].device.type == "cpu" and torch.equal(*weights), "equal bits on every run"
