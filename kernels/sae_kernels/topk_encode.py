@@ -31,8 +31,8 @@ CANDIDATE_BYTES = 256 * 2**20
 """Tokens are taken in slabs whose candidates fit into this."""
 BLOCK_ROWS, BLOCK_LATENTS = 512, 16_384
 """A block of path B: 33.5 MB of float32, which the L2 cache keeps; fewer rows would read W more often than it pays."""
-FUSED_WIDTHS: tuple[int, ...] = ()
-"""Largest D for which path A was measured faster than B (kernels.csv); empty = never chosen by ``auto``."""
+FUSED_MAX_WIDTH = 0
+"""Largest D for which path A was measured faster than B (results/kernels.csv); 0: ``auto`` never takes it."""
 
 
 class Fused(NamedTuple):
@@ -160,7 +160,7 @@ def plan(
         return Plan("C", r, reason)
     if path != "auto":
         return Plan(path, r, "asked for")
-    if any(width <= measured for measured in FUSED_WIDTHS):
+    if width <= FUSED_MAX_WIDTH:
         return Plan("A", r, f"the fused encoder was measured faster at D = {width}")
     return Plan("B", r, f"{n_tiles} tiles of {r} candidates, product by cuBLAS in blocks")
 

@@ -246,13 +246,16 @@ def test_prepared_weights_are_refreshed_in_place() -> None:
         prepared.refresh(W[:5], b[:5])
 
 
-def test_the_plan_names_path_and_reason() -> None:
+def test_the_plan_names_path_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(te, "FUSED_MAX_WIDTH", 0)
     assert te.plan(32_768, 768, 32) == te.Plan("B", 4, "256 tiles of 4 candidates, product by cuBLAS in blocks")
     assert te.plan(32_768, 768, 32, exact=True).candidates == 8
     assert te.plan(4_608, 576, 32).candidates == 8, "few tiles: four candidates would miss too often"
     few = te.plan(4_608, 576, 128)
     assert few.path == "C" and "4 K = 512" in few.reason
     assert te.plan(32_768, 768, 32, path="A").path == "A"
+    monkeypatch.setattr(te, "FUSED_MAX_WIDTH", 1_024)
+    assert te.plan(32_768, 768, 32).path == "A" and te.plan(32_768, 1_025, 32).path == "B"
     for arguments, match in (((64, 8, 0), "1..64"), ((64, 8, 65), "1..64")):
         with pytest.raises(ValueError, match=match):
             te.plan(*arguments)
@@ -326,7 +329,7 @@ def test_real_sizes_against_float64(dtype: torch.dtype, path: str) -> None:
         ):
             at = h.gather(1, i.long())
             assert float(((v - at.relu()).abs() / size).max()) <= limit
-            off = ((at.sort(1, descending=True).values - want).abs() / size).amax(1) > 4e-6
+            off = ((at.sort(1, descending=True).values - want).abs() / size).amax(1) > 1e-5
             inexact += int(off.sum())
             wrong += int((off & clear).sum())
     assert wrong == 0 and inexact < 0.01 * len(u)
