@@ -79,20 +79,11 @@ def _load_slice(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _select_kernel(  # type: ignore[no-untyped-def]
-    candidates_ptr, values_ptr, indices_ptr, flags_ptr, n_candidates, n_tiles, n_latents, k,
-    BN: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, FILL: tl.constexpr,
+def _search(  # type: ignore[no-untyped-def]
+    keys, row_ptr, n_candidates, n_tiles, n_latents, k,
+    BN: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """One program = one token: the K-th largest key by bisection on its bits, then what lies above, and the flag."""
-    token = tl.program_id(0).to(tl.int64)
-    row_ptr = candidates_ptr + token * n_candidates
-    values_row = values_ptr + token * k
-    indices_row = indices_ptr + token * k
-    offsets, keys, poisoned = _load_slice(row_ptr, 0, n_candidates, n_tiles, n_latents, BN, R, BLOCK)
-    for s in range(1, SLICES):
-        _, _, more = _load_slice(row_ptr, s * BLOCK, n_candidates, n_tiles, n_latents, BN, R, BLOCK)
-        poisoned = tl.maximum(poisoned, more)
-
+    """(bar, keys that reach it): the K-th largest key by bisection on its bits; ``keys`` is the first slice."""
     # bar: a multiple of BN that the K largest keys and, but for equal ones, no others reach; the smallest int32 where
     # fewer than K keys exist.
     bar = tl.full((), -2147483648, tl.int32)
@@ -108,7 +99,25 @@ def _select_kernel(  # type: ignore[no-untyped-def]
         reached = tl.where(count >= k, count, reached)
         bar = tl.where(count >= k, trial, bar)
         step = (step >> 1) & 0x7FFFFFFF
+    return bar, reached
 
+
+@triton.jit
+def _select_kernel(  # type: ignore[no-untyped-def]
+    candidates_ptr, values_ptr, indices_ptr, flags_ptr, n_candidates, n_tiles, n_latents, k,
+    BN: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    """One program = one token: what lies above the K-th largest key, equal keys in order as there is room, the flag."""
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = candidates_ptr + token * n_candidates
+    values_row = values_ptr + token * k
+    indices_row = indices_ptr + token * k
+    offsets, keys, poisoned = _load_slice(row_ptr, 0, n_candidates, n_tiles, n_latents, BN, R, BLOCK)
+    for s in range(1, SLICES):
+        _, _, more = _load_slice(row_ptr, s * BLOCK, n_candidates, n_tiles, n_latents, BN, R, BLOCK)
+        poisoned = tl.maximum(poisoned, more)
+
+    bar, reached = _search(keys, row_ptr, n_candidates, n_tiles, n_latents, k, BN, R, BLOCK, SLICES)
     greater = tl.sum((keys > (bar | (BN - 1))).to(tl.int32), axis=0)
     for s in range(1, SLICES):
         _, others, _ = _load_slice(row_ptr, s * BLOCK, n_candidates, n_tiles, n_latents, BN, R, BLOCK)
