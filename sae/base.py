@@ -118,6 +118,8 @@ class StepLoss(NamedTuple):
     """Variance of the error."""
     aux_active: float | Tensor
     """Mean dead latents per token that took part in the auxiliary loss with a positive value."""
+    flagged: float | Tensor | None = None
+    """Tokens whose latents need not be exactly the K largest (KERNELS 5); None where selection is exact or unread."""
 
 
 class SAE(nn.Module):

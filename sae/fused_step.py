@@ -44,6 +44,7 @@ def training_loss(sae: SAE, k: int, n_ND: Tensor, state: TrainState, copies: ops
         total=total, mse=mse.detach(), aux=aux.detach(), sparsity=zero,
         y_ND=n_ND + found.r_ND if state.logged else None, fired_F=_fired(found, state, sae.d_sae),
         l0=(found.latents.values_NK > 0).sum() / n_tokens, v_e=_error_variance(found, state), aux_active=active,
+        flagged=(found.flags_N != 0).sum() if state.logged else None,
     )  # fmt: skip
 
 

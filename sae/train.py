@@ -313,6 +313,8 @@ def _log(run: Run, found: StepLoss, x_ND: Tensor, stats: NormStats, rate: float,
         "l0": float(found.l0), "n_dead": n_dead, "aux_active": float(found.aux_active), "lr": rate,
         "grad_norm": gradient_norm, "decoder_row_error": row_error,
     }  # fmt: skip
+    if found.flagged is not None:
+        run.last["flagged_rows"] = int(found.flagged)
     run.log.write(run.last)
     fvu_text = "-" if batch_fvu is None else f"{batch_fvu:.3f}"
     l0_text = f"L0 {run.last['l0']:.0f}"

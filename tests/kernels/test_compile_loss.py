@@ -24,6 +24,7 @@ HALF = {"w_ptr", "r_ptr", "u_ptr", "copy_ptr"}
 TYPES = {"entries_ptr": "*i64", "bounds_ptr": "*i64", "indices_ptr": "*i32", "keys_ptr": "*i16"}
 
 def compiled(kernel, half, capability, constants, warps):
+    TYPES["keys_ptr"] = "*i16" if half == "bf16" else "*i32"  # below and above 65,536 latents
     constants = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

@@ -127,6 +127,7 @@ def test_training_gives_the_curve_of_the_cpu(tmp_path: Path, monkeypatch: pytest
     for a, b in zip(*rows, strict=True):
         for name in ("loss", "fvu", "grad_norm", "n_dead", "l0"):
             assert b[name] == pytest.approx(a[name], rel=2e-3), (a["step"], name)
+        assert "flagged_rows" not in a and 0 <= b["flagged_rows"] <= N
     weights = [checkpoint.load(folder).W_dec_FD for folder in (plain, fused)]
     assert float((weights[0] - weights[1]).abs().max()) < 1e-2
 
