@@ -46,8 +46,9 @@ class ComputeCopies:
 
     encoder: "PreparedEncoder"
     W_dec_FD: Tensor
+    encoder_is_current: bool = False
     decoder_is_current: bool = False
-    """Set by :func:`unit_rows_`, which writes the copy in the same pass; the next refresh leaves it out, once."""
+    """Set where a step's own pass writes the copy; the next refresh leaves it out, once."""
 
     @staticmethod
     def of(W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor, dtype: torch.dtype | None = None) -> "ComputeCopies":
@@ -61,10 +62,11 @@ class ComputeCopies:
     @torch.no_grad()
     def refresh(self, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor) -> None:
         """Take over changed weights."""
-        self.encoder.refresh(W_enc_FD, b_enc_F)
+        if not self.encoder_is_current:
+            self.encoder.refresh(W_enc_FD, b_enc_F)
         if not self.decoder_is_current:
             self.W_dec_FD.copy_(W_dec_FD)
-        self.decoder_is_current = False
+        self.encoder_is_current = self.decoder_is_current = False
 
 
 @cache
@@ -190,3 +192,20 @@ def unit_rows_(W_FD: Tensor, copies: ComputeCopies | None = None) -> Tensor:
     if copies is not None:
         copies.decoder_is_current = True
     return W_FD
+
+
+def adam_step_(
+    copies: ComputeCopies, encoder: tuple[Tensor, ...], b_enc_F: Tensor, decoder: tuple[Tensor, ...], *,
+    rate: float, step: int, betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """Adam on both matrices, each (W, gradient, first moment, second moment), in one pass each, and their copies.
+
+    The decoder's gradient is projected before, its rows are made unit after (TRAINING 6, steps 5, 7, 8). Triton alone.
+    """
+    rows = _kernels().row_steps
+    made = copies.encoder
+    tiles = rows.Tiles(made.n_tiles, made.tile, b_enc_F.detach(), made.b_P)
+    settings = {"rate": rate, "step": step, "betas": betas, "eps": eps}
+    rows.adam_rows_(encoder[0].detach(), *encoder[1:], made.W_PD, unit=False, tiles=tiles, **settings)
+    rows.adam_rows_(decoder[0].detach(), *decoder[1:], copies.W_dec_FD, unit=True, **settings)
+    copies.encoder_is_current = copies.decoder_is_current = True

@@ -26,6 +26,7 @@ from sae.errors import ConfigError, DataError, SaescopeError
 from sae.lagged import Lagged
 from sae.metric_log import MetricLog
 from sae.plugins import find
+from sae.row_adam import RowAdam
 
 STAGE_VERSION = 1
 START_SAMPLE_TOKENS = 65_536
@@ -85,7 +86,7 @@ class Run:
     key: str
     folder: Path
     state: TrainState
-    optimiser: torch.optim.Adam
+    optimiser: torch.optim.Adam | RowAdam
     log: MetricLog
     n_steps: int
     late: Lagged | None = None
@@ -214,7 +215,10 @@ def _start(
         last_fired_tokens_F=torch.zeros(cfg.d_sae, dtype=torch.int64, device=device), d_in=store.d_in,
     )  # fmt: skip
     n_steps = max(1, cfg.train_tokens // cfg.batch_tokens)
-    optimiser = optim.adam(list(sae.parameters()), cfg)
+    optimiser: torch.optim.Adam | RowAdam = optim.adam(list(sae.parameters()), cfg)
+    copies = getattr(sae, "compute_copies", None)
+    if copies is not None and ops_fused.usable(n_ND, sae.W_dec_FD):  # its loss runs on copies that a step can write
+        optimiser = RowAdam(sae.W_enc_FD, sae.b_enc_F, sae.W_dec_FD, sae.b_dec_D, copies(), cfg)
     return Run(cfg, sae, key, folder, state, optimiser, log, n_steps, late=_late(device))
 
 
@@ -267,13 +271,16 @@ def _step(run: Run, x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
         _fail(run, run.step + 1, float(found.total.detach()))
         return
     found.total.backward()
-    ops_fused.project_gradient_(_gradient(sae.W_dec_FD), sae.W_dec_FD)
+    in_passes = isinstance(run.optimiser, RowAdam)  # which projects the gradient and makes rows unit itself
+    if state.logged or not in_passes:
+        ops_fused.project_gradient_(_gradient(sae.W_dec_FD), sae.W_dec_FD)
     gradient_norm = _gradient_norm(sae) if state.logged else 0.0
     for group in run.optimiser.param_groups:
         group["lr"] = rate
     run.optimiser.step()
+    if not in_passes:
+        ops_fused.unit_rows_(sae.W_dec_FD)
     run.optimiser.zero_grad(set_to_none=True)
-    ops_fused.unit_rows_(sae.W_dec_FD, getattr(sae, "copies", None))
     state.after_step(len(x_ND), found)
     run.step += 1
     if run.late is not None:

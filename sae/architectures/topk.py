@@ -19,8 +19,7 @@ class TopK(SAE):
         if cfg.k is None:
             raise ConfigError("a topk SAE needs k")
         self.k: int = cfg.k
-        self.copies: ops_fused.ComputeCopies | None = None
-        """Compute copies of the weights, while the SAE is trained on a GPU."""
+        self._copies: ops_fused.ComputeCopies | None = None
 
     def encode_entries(self, n_ND: Tensor) -> ops.Entries:
         return ops.entries_of(self._latents(n_ND))
@@ -31,15 +30,19 @@ class TopK(SAE):
     def _latents(self, n_ND: Tensor) -> ops.SparseLatents:
         return ops.encode_topk(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, self.k)
 
+    def compute_copies(self) -> ops_fused.ComputeCopies:
+        """Copies of the weights that the fused loss multiplies, made when they are first wanted (GPU alone)."""
+        if self._copies is None:
+            self._copies = ops_fused.ComputeCopies.of(self.W_enc_FD, self.b_enc_F, self.W_dec_FD)
+        return self._copies
+
     def training_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
         """Normalised squared error plus ``aux_alpha`` times the auxiliary loss of dead latents.
 
         On a GPU with Triton as one operation (:mod:`sae.fused_step`), else by the separate ones.
         """
         if ops_fused.usable(n_ND, self.W_enc_FD):
-            if self.copies is None:
-                self.copies = ops_fused.ComputeCopies.of(self.W_enc_FD, self.b_enc_F, self.W_dec_FD)
-            return fused_step.training_loss(self, self.k, n_ND, state, self.copies)
+            return fused_step.training_loss(self, self.k, n_ND, state, self.compute_copies())
         no_penalty = torch.zeros((), dtype=n_ND.dtype, device=n_ND.device)
         return step_loss(self, n_ND, self.encode_entries(n_ND), state, no_penalty, with_aux=True)
 

@@ -66,6 +66,8 @@ def step(n, k, f, d, dtype, path):
     rows = ops_fused._kernels().row_steps
     rows.project_rows_(found[2], p[2].detach())
     rows.renorm_rows_(p[2].detach(), copies.W_dec_FD)
+    triples = [(q, g, torch.empty_like(g), torch.empty_like(g)) for q, g in zip(p, found)]
+    ops_fused.adam_step_(copies, triples[0], p[1], triples[2], rate=1e-3, step=3, betas=(0.9, 0.999), eps=1e-8)
 
 step(8192, 32, 32768, 768, torch.bfloat16, "auto")
 step(8192, 32, 32768, 768, torch.bfloat16, "A")
@@ -82,7 +84,7 @@ for name, made in kernels.values():
     assert int(re.search(r"STACK:(\\d+)", text)[1]) == 0, f"{name}: spills: {text}"
 print(len(kernels), "kernels", sorted(names))
 assert {"_decode_error_kernel", "_segments_kernel", "_combine_kernel", "_columns_kernel", "_project_kernel",
-        "_renorm_kernel"} <= names, names
+        "_renorm_kernel", "_adam_kernel"} <= names, names
 '''
 
 

@@ -18,6 +18,7 @@ from sae.config import InputNorm, SAEConfig, TrainConfig
 from sae.lagged import Lagged
 from sae.metric_log import read_log
 from sae.plugins import find
+from sae.row_adam import RowAdam
 from sae.train import TrainingDiverged, train_many
 
 pytest.importorskip("triton")
@@ -188,16 +189,13 @@ def test_a_step_between_logs_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) 
     sae.to("cuda")
     n_ND, state.last_fired_tokens_F = n_ND.cuda(), state.last_fired_tokens_F.cuda()
     state.logged, state.tokens, state.n_dead_late = False, 10_000, 5
-    optimiser = train.optim.adam(list(sae.parameters()), CFG)
+    optimiser = RowAdam(sae.W_enc_FD, sae.b_enc_F, sae.W_dec_FD, sae.b_dec_D, sae.compute_copies(), CFG)  # type: ignore
 
     def step() -> None:
         found = sae.training_loss(n_ND, state)
         found.total.backward()
-        assert sae.W_dec_FD.grad is not None
-        ops_fused.project_gradient_(sae.W_dec_FD.grad, sae.W_dec_FD)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        ops_fused.unit_rows_(sae.W_dec_FD, sae.copies)  # type: ignore[arg-type]
         state.after_step(len(n_ND), found)
 
     step()

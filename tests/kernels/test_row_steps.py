@@ -53,6 +53,42 @@ def test_weighted_column_sums(n: int, d: int, dtype: torch.dtype) -> None:
     assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("f", "d", "tile"), [(40, 20, 16), (32, 48, 16), (5, 100, 16)])
+def test_one_pass_equals_projection_adam_unit_rows_and_copies(f: int, d: int, tile: int) -> None:
+    from sae import ops_fused
+    from sae.config import TrainConfig
+    from sae.row_adam import RowAdam
+    from sae_kernels import topk_encode
+
+    cfg = TrainConfig(lr=1e-2)
+    start = [draw(f, d), draw(f, seed=1), optim.normalise_rows_(draw(f, d, seed=2)), draw(d, seed=3)]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    encoder = topk_encode.prepare(ours[0].detach(), ours[1].detach(), BN=tile, dtype=torch.float32)
+    copies = ops_fused.ComputeCopies(encoder, torch.zeros_like(ours[2]))
+    row_adam, adam = RowAdam(*ours, copies, cfg), optim.adam(theirs, cfg)
+    for step in range(4):
+        for group in (*row_adam.param_groups, *adam.param_groups):
+            group["lr"] = 1e-2 / (step + 1)
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad, q.grad = (draw(*p.shape, seed=100 + 10 * step + i) for _ in range(2))
+        assert theirs[2].grad is not None
+        optim.project_gradient_(theirs[2].grad, theirs[2])
+        adam.step()
+        optim.normalise_rows_(theirs[2])
+        row_adam.step()
+        for p, q in zip(ours, theirs, strict=True):
+            p, q = p.detach(), q.detach()
+            assert float((p - q).abs().max()) <= 2e-6 * max(1.0, float(q.abs().max()))
+        assert copies.encoder_is_current and copies.decoder_is_current
+        want = topk_encode.prepare(ours[0].detach(), ours[1].detach(), BN=tile, dtype=torch.float32)
+        assert torch.equal(encoder.W_PD, want.W_PD) and torch.equal(encoder.b_P, want.b_P), "tile order, padding kept"
+        assert torch.equal(copies.W_dec_FD, ours[2].detach())
+        copies.refresh(*ours[:3])
+        assert not copies.encoder_is_current
+        row_adam.zero_grad()
+        assert all(p.grad is None for p in ours)
+
+
 def test_unsupported_operands_are_named() -> None:
     W = draw(4, 6)
     with pytest.raises(ValueError, match=r"\(3, 6\)"):
@@ -63,6 +99,12 @@ def test_unsupported_operands_are_named() -> None:
         row_steps.renorm_rows_(W.double())
     with pytest.raises(ValueError, match="16384"):
         row_steps.renorm_rows_(torch.zeros(1, 20_000, device=DEVICE))
+    settings = {"rate": 1.0, "step": 1, "betas": (0.9, 0.99), "eps": 1e-8, "unit": False}
+    with pytest.raises(ValueError, match=r"\(3, 6\)"):
+        row_steps.adam_rows_(W, W, W, W, W[:3], **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\[16\]"):
+        tiles = row_steps.Tiles(1, 16, W[:, 0], W[:, 0])
+        row_steps.adam_rows_(W, W, W, W, draw(16, 6), tiles=tiles, **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(3,\)"):
         row_steps.weighted_column_sum(torch.ones(3, device=DEVICE), W)
     with pytest.raises(TypeError, match="float64"):
