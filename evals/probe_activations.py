@@ -73,11 +73,12 @@ class ProbeConfig:
 
     @staticmethod
     def of_preset(preset: str, own: tuple[str, ...] = ()) -> "ProbeConfig":
-        """Sizes of METRICS C.3; `quick` is cut to what two slow cores collect in 50 s; `tiny` has own tasks only."""
+        """Sizes of METRICS C.3; `tiny` has own tasks only."""
         if preset == "paper":
             return ProbeConfig(tasks=tuple(task_names("paper")), own=own)
-        tasks = tuple(task_names("quick")) if preset == "quick" else ()
-        return ProbeConfig(tasks=tasks, own=own, cap_rows=120, max_tokens=16, seeds=(0,))
+        if preset == "quick":
+            return ProbeConfig(tasks=tuple(task_names("quick")), own=own, cap_rows=256, max_tokens=64, seeds=(0,))
+        return ProbeConfig(own=own, cap_rows=120, max_tokens=16, seeds=(0,))
 
 
 class OwnTask(NamedTuple):
