@@ -59,7 +59,9 @@ class Bench:
     @property
     def instructions(self) -> float:
         """Thread instructions a second; 0 off a GPU."""
-        return INSTRUCTIONS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count * self.cuda
+        if not self.cuda:
+            return 0.0
+        return INSTRUCTIONS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def floor_ms(self, flop: float = 0.0, moved: float = 0.0, instructions: float = 0.0) -> float:
         """Least time of dense flop, bytes and instructions after one another (KERNELS 3); 0 where not known."""
