@@ -58,7 +58,7 @@ def block_parameters(lm: LanguageModel) -> tuple[int, int]:
 
 def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> list[PlanLine]:
     """Lines of the plan, in the order of the run."""
-    speed = machine_flops(default_dtype(), cfg.device)
+    speed = machine_flops(default_dtype(cfg.device), cfg.device)
     speed32 = machine_flops(torch.float32, cfg.device)
     block, unembed = block_parameters(lm)
     digits = [int(part) for part in hookpoint.split(":")[0].split(".") if part.isdigit()]
@@ -153,7 +153,7 @@ def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
 
 def print_plan(cfg: RunConfig) -> None:
     """Print the plan; reads the model (seconds), computes nothing else."""
-    lm = LanguageModel.load(cfg.model, dtype=default_dtype(), device=cfg.device)
+    lm = LanguageModel.load(cfg.model, dtype=default_dtype(cfg.device), device=cfg.device)
     hookpoint = cfg.hookpoint or lm.default_hookpoint()
     d_in = lm.check_hookpoint(hookpoint)
     lines = make_plan(cfg, lm, hookpoint, d_in)

@@ -44,7 +44,7 @@ class Pipeline:
     # -- the language model -------------------------------------------------------------------------------------
     def lm(self, dtype: str = "auto") -> LanguageModel:
         """The subject LM; float32 for losses, `auto` for collecting. One object when both are the same type."""
-        wanted = torch.float32 if dtype == "float32" else default_dtype()
+        wanted = torch.float32 if dtype == "float32" else default_dtype(self.cfg.device)
         if wanted not in self._lms:
             self._lms[wanted] = LanguageModel.load(self.cfg.model, dtype=wanted, device=self.cfg.device)
         return self._lms[wanted]

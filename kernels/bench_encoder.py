@@ -24,6 +24,9 @@ FUSED = {
     "bulk w4": Fused(64, 64, 4, 4, bulk=True), "bulk 264": Fused(128, 64, 8, 3, bulk=True, programs=264),
     "bulk 132": Fused(128, 64, 8, 4, bulk=True, programs=132), "bulk k128": Fused(128, 128, 8, 2, bulk=True),
     "bulk g16": Fused(128, 64, 8, 3, group=16, bulk=True),
+    "bulk 264 g16": Fused(128, 64, 8, 3, group=16, bulk=True, programs=264),
+    "bulk 264 g32": Fused(128, 64, 8, 3, group=32, bulk=True, programs=264),
+    "bulk 264 s2": Fused(128, 64, 8, 2, bulk=True, programs=264),
 }  # fmt: skip
 BLOCKS = ((256, 16_384), (512, 8_192), (512, 16_384), (512, 32_768), (1_024, 16_384), (2_048, 16_384), (2_048, 32_768))
 
@@ -47,6 +50,10 @@ def settings(u_ND: Tensor, encoders: dict[int, PreparedEncoder], k: int) -> dict
         found[f"A {name}"] = lambda u, f=fused: topk_encode.encode_topk(u, prepared, k, path="A", fused=f)
     wide = FUSED["bulk s3"]
     found["A bulk BN256 R8"] = lambda u: topk_encode.encode_topk(u, encoders[256], k, path="A", R=8, fused=wide)
+    for name in ("bulk s3", "bulk 132"):
+        found[f"A {name} BN256 R4"] = lambda u, f=FUSED[name]: topk_encode.encode_topk(
+            u, encoders[256], k, path="A", R=4, fused=f
+        )
     found["A bulk s3 R8"] = lambda u: topk_encode.encode_topk(u, prepared, k, path="A", R=8, fused=wide)
     for rows, latents in BLOCKS:
 

@@ -165,10 +165,10 @@ class SAE(nn.Module):
         return self.b_dec_D if self.cfg.apply_b_dec_to_input else None
 
     def normalise(self, x_ND: Tensor) -> tuple[Tensor, NormStats]:
-        """Normalised input in the type of the weights. ``DataError`` for a wrong width."""
+        """Normalised input, in the type and on the device of the weights. ``DataError`` for a wrong width."""
         if x_ND.dim() != 2 or x_ND.shape[1] != self.d_in:
             raise DataError(f"{self.sae_id} wants activations of shape [N, {self.d_in}], got {tuple(x_ND.shape)}")
-        return normalise(x_ND.to(self.W_dec_FD.dtype), self.cfg.input_norm)
+        return normalise(x_ND.to(self.W_dec_FD), self.cfg.input_norm)
 
     def encode_entries(self, n_ND: Tensor) -> Entries:
         """Active latents of normalised inputs; defined by the architecture. Empty slots (value 0) are allowed."""

