@@ -1,7 +1,7 @@
 """Times the launch settings of the top-K encoder on a GPU, path by path, and the parts that they are made of.
 
 ``python kernels/bench_encoder.py --d 768`` prints p20 / p50 / p80 in ms; with ``--out`` the rows go to that file.
-It is what topk_encode.FUSED, FUSED_MAX_WIDTH, BLOCK_ROWS and BLOCK_LATENTS are chosen by. A setting whose selection
+It is what FUSED, BULK, FUSED_MAX_WIDTH, BLOCK_ROWS and BLOCK_LATENTS of topk_encode are chosen by. A selection that
 disagrees with float64 has no time.
 """
 

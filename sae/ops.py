@@ -275,6 +275,10 @@ class _DecodeEntries(torch.autograd.Function):
 
 def decode_entries(entries: Entries, W_dec_FD: Tensor) -> Tensor:
     """``y_ND = sum over the entries of n of value * W_dec[index]``, no bias; differentiable in values and W_dec."""
+    if W_dec_FD.is_cuda and W_dec_FD.dtype in (torch.bfloat16, torch.float16):
+        # On CUDA torch has no gradient of a bag's weights in 16 bits (pytorch #185808).
+        wide = entries._replace(values_E=entries.values_E.float())
+        return _DecodeEntries.apply(*wide, W_dec_FD.float()).to(W_dec_FD.dtype)  # type: ignore[no-any-return]
     return _DecodeEntries.apply(*entries, W_dec_FD)  # type: ignore[no-any-return]
 
 

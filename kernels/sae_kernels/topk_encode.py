@@ -20,19 +20,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sae_kernels import launch, topk_select
+from sae_kernels import topk_select
+from sae_kernels.prepared import TILE, PreparedEncoder, prepare
 from sae_kernels.topk_select import INTERPRETED, _keys, _store_largest
 
-TILE = 128
-"""Latents per tile, BN."""
+__all__ = ["TILE", "PreparedEncoder", "prepare", "plan", "encode_topk", "refusal"]
 MISSED = 2e-3
 """R is 4 if at most this share of tokens is expected to have more than 4 winners in a tile, else 8."""
 CANDIDATE_BYTES = 256 * 2**20
 """Tokens are taken in slabs whose candidates fit into this."""
-BLOCK_ROWS, BLOCK_LATENTS = 512, 16_384
-"""A block of path B: 33.5 MB of float32, which the L2 cache keeps; fewer rows would read W more often than it pays."""
-FUSED_MAX_WIDTH = 0
-"""Largest D for which path A was measured faster than B (results/kernels.csv); 0: ``auto`` never takes it."""
+BLOCK_ROWS, BLOCK_LATENTS = 1_024, 16_384
+"""A block of path B, 67 MB of float32: 3 to 6 % faster on an H200 than half of it, which its L2 cache would hold."""
+FUSED_MAX_WIDTH = 4_096
+"""Largest D for which path A was measured faster than B (:data:`BULK` on an H200, results/kernels.csv)."""
 
 
 class Fused(NamedTuple):
@@ -54,6 +54,8 @@ class Fused(NamedTuple):
 
 FUSED = {2: Fused(128, 64, 8, 3), 4: Fused(64, 32, 8, 2)}
 """Settings by bytes of an operand."""
+BULK = Fused(128, 64, 8, 3, bulk=True, programs=2)
+"""Settings where :func:`takes_bulk`; here ``programs`` counts per SM."""
 
 
 class Plan(NamedTuple):
@@ -62,67 +64,6 @@ class Plan(NamedTuple):
     path: str
     candidates: int
     reason: str
-
-
-class PreparedEncoder(NamedTuple):
-    """Encoder weights in tile order: latent f is row (f mod T) BN + f div T; padding is 0 with bias -inf."""
-
-    W_PD: Tensor
-    """float32, bfloat16 or float16."""
-    b_P: Tensor
-    """float32."""
-    n_latents: int
-    tile: int
-    """BN."""
-
-    @property
-    def n_tiles(self) -> int:
-        """T."""
-        return len(self.W_PD) // self.tile
-
-    def refresh(self, W_enc_FD: Tensor, b_enc_F: Tensor) -> None:
-        """Take over changed weights, cast to the prepared type. ``ValueError`` for another shape."""
-        if W_enc_FD.shape != (self.n_latents, self.W_PD.shape[1]) or b_enc_F.shape != (self.n_latents,):
-            raise ValueError(
-                f"prepared for W_enc {(self.n_latents, self.W_PD.shape[1])}, got W_enc {tuple(W_enc_FD.shape)} and "
-                f"b_enc {tuple(b_enc_F.shape)}"
-            )
-        n_tiles = self.n_tiles
-        columns, rest = divmod(self.n_latents, n_tiles)
-        with torch.no_grad():
-            for made, source in ((self.W_PD, W_enc_FD), (self.b_P, b_enc_F)):
-                tiled = made.view(n_tiles, self.tile, *made.shape[1:])
-                whole = source[: columns * n_tiles].unflatten(0, (columns, n_tiles))
-                tiled[:, :columns].copy_(whole.transpose(0, 1))
-                if rest:
-                    tiled[:rest, columns].copy_(source[columns * n_tiles :])
-
-
-def prepare(
-    W_enc_FD: Tensor, b_enc_F: Tensor, BN: int = TILE, dtype: torch.dtype | None = None
-) -> PreparedEncoder:
-    """Compute copy of encoder weights for :func:`encode_topk`; ``refresh`` it after every change of the weights.
-
-    ``BN``: latents per tile, a power of two from 16 to 1,024. ``dtype``: of the copy of W, that of W by default.
-    ``ValueError`` for shapes, ``TypeError`` for types.
-    """
-    dtype = W_enc_FD.dtype if dtype is None else dtype
-    found = f"W_enc {tuple(W_enc_FD.shape)} {W_enc_FD.dtype}, b_enc {tuple(b_enc_F.shape)}"
-    if dtype not in launch.FLOATS:
-        raise TypeError(f"the encoder product takes float32, bfloat16 or float16, got {dtype} for {found}")
-    if W_enc_FD.dim() != 2 or b_enc_F.shape != W_enc_FD.shape[:1] or 0 in W_enc_FD.shape:
-        raise ValueError(f"W_enc must be [F, D] and b_enc [F], none of them empty; got {found}")
-    if W_enc_FD.shape[1] > launch.MAX_WIDTH:
-        raise ValueError(f"D must lie in 1..{launch.MAX_WIDTH}; got {found}")
-    if not 16 <= BN <= 1_024 or BN & (BN - 1):
-        raise ValueError(f"BN must be a power of two from 16 to 1024, got {BN}")
-    (n_latents, width), device = W_enc_FD.shape, W_enc_FD.device
-    padded = triton.cdiv(n_latents, BN) * BN
-    W_PD = torch.zeros(padded, width, dtype=dtype, device=device)
-    b_P = torch.full((padded,), -math.inf, dtype=torch.float32, device=device)
-    prepared = PreparedEncoder(W_PD, b_P, n_latents, BN)
-    prepared.refresh(W_enc_FD, b_enc_F)
-    return prepared
 
 
 def missed_share(n_tiles: int, k: int, r: int) -> float:
@@ -141,10 +82,28 @@ def missed_share(n_tiles: int, k: int, r: int) -> float:
     return min(1.0, n_tiles * tail)
 
 
+def takes_bulk(u_ND: Tensor) -> bool:
+    """Whether path A may load by descriptors: 16-bit operands in rows of whole 16 bytes, on a GPU from sm_90 on."""
+    if not u_ND.is_cuda or u_ND.element_size() != 2 or u_ND.shape[1] % 8 or u_ND.data_ptr() % 16:
+        return False
+    return torch.cuda.get_device_capability(u_ND.device) >= (9, 0)
+
+
+def _settings(u_ND: Tensor) -> Fused:
+    if not takes_bulk(u_ND):
+        return FUSED[u_ND.element_size()]
+    n_sms = torch.cuda.get_device_properties(u_ND.device).multi_processor_count
+    return BULK._replace(programs=BULK.programs * n_sms)
+
+
 def plan(
-    n_latents: int, width: int, k: int, bn: int = TILE, exact: bool = False, path: str = "auto", R: int | None = None
-) -> Plan:
-    """Path, R and the reason for an encoder of F latents and D channels. ``ValueError`` for values that cannot be."""
+    n_latents: int, width: int, k: int, bn: int = TILE, exact: bool = False, path: str = "auto", R: int | None = None,
+    bulk: bool = False,
+) -> Plan:  # fmt: skip
+    """Path, R and the reason for an encoder of F latents and D channels. ``ValueError`` for values that cannot be.
+
+    ``bulk``: what :func:`takes_bulk` says of the operands; without it path A was not measured to be faster.
+    """
     if not 1 <= k <= n_latents:
         raise ValueError(f"k must lie in 1..{n_latents}, got {k}")
     if path not in ("auto", "A", "B", "C"):
@@ -160,7 +119,7 @@ def plan(
         return Plan("C", r, reason)
     if path != "auto":
         return Plan(path, r, "asked for")
-    if width <= FUSED_MAX_WIDTH:
+    if bulk and width <= FUSED_MAX_WIDTH:
         return Plan("A", r, f"the fused encoder was measured faster at D = {width}")
     return Plan("B", r, f"{n_tiles} tiles of {r} candidates, product by cuBLAS in blocks")
 
@@ -350,7 +309,7 @@ def encode_topk(
     error = refusal(u_ND, prepared, k)
     if error is not None:
         raise error
-    chosen = plan(prepared.n_latents, u_ND.shape[1], k, prepared.tile, exact, path, R)
+    chosen = plan(prepared.n_latents, u_ND.shape[1], k, prepared.tile, exact, path, R, takes_bulk(u_ND))
     n_tokens, device = len(u_ND), u_ND.device
     values_NK = torch.empty(n_tokens, k, dtype=torch.float32, device=device)
     indices_NK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
@@ -368,8 +327,7 @@ def encode_topk(
             u_nD = u_ND[part]
             out_nC = candidates_nC[: len(u_nD)]
             if chosen.path == "A":
-                settings = fused or FUSED[u_ND.element_size()]
-                _candidates_fused(u_nD, prepared, chosen.candidates, settings, out_nC)
+                _candidates_fused(u_nD, prepared, chosen.candidates, fused or _settings(u_nD), out_nC)
             else:
                 _candidates_blocks(u_nD, prepared, chosen.candidates, out_nC)
             topk_select.select_rows(

@@ -15,16 +15,16 @@ CUDA = torch.cuda.is_available()
 @pytest.mark.skipif(CUDA or os.environ.get("TRITON_INTERPRET") != "1", reason="of the interpreter: sizes are tiny")
 def test_every_setting_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"pointers": bench_encoder.Fused(16, 16, 1, 1), "bulk": bench_encoder.Fused(16, 16, 1, 1, bulk=True)}
-    monkeypatch.setattr(bench_encoder, "FUSED", tiny | {"bulk s3": tiny["bulk"]})
+    monkeypatch.setattr(bench_encoder, "FUSED", tiny | {"bulk s3": tiny["bulk"], "bulk 132": tiny["bulk"]})
     monkeypatch.setattr(bench_encoder, "BLOCKS", ((4, 512),))
     bench = bench_common.Bench(torch.device("cpu"), 2, 60.0)
     bench_encoder.measure(bench, (5, 2, 1_024, 16))
     settings = [row["provider"] for row in bench.rows if row["kernel"] == "encode_setting"]
-    assert not bench.failures and len(settings) == len(set(settings)) == 7
-    assert all(float(row["p50_ms"]) > 0 for row in bench.rows) and len(bench.rows) == 12
+    assert not bench.failures and len(settings) == len(set(settings)) == 10
+    assert all(float(row["p50_ms"]) > 0 for row in bench.rows) and len(bench.rows) == 15
     monkeypatch.setattr(bench_encoder.topk_select, "select_rows", lambda *a: [out.zero_() for out in a[4:]])
     bench_encoder.measure(bench, (5, 2, 1_024, 16))
-    assert len(bench.failures) == 7 and all("is off by" in failure for failure in bench.failures)
+    assert len(bench.failures) == 10 and all("is off by" in failure for failure in bench.failures)
 
 
 @pytest.mark.skipif(CUDA, reason="of a machine without a GPU")

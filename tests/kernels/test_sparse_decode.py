@@ -196,3 +196,15 @@ def test_twenty_runs_give_the_same_bits() -> None:
     assert_near(first, dense(values, indices, W, upstream), 1e-5)
     for _ in range(20):
         assert all(map(torch.equal, by_triton(values, indices, W, upstream), first))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_torch_path_has_all_gradients_on_a_gpu(dtype: torch.dtype) -> None:
+    values, indices, W = (t.to(dtype) if t.is_floating_point() else t for t in operands(512, 8, 256, 96))
+    upstream = torch.randn(512, 96, device=DEVICE).to(dtype)
+    v, w = values.clone().requires_grad_(), W.clone().requires_grad_()
+    y = ops.sparse_decode(v, indices, w, impl="torch")
+    found = (y.detach(), *torch.autograd.grad(y, (v, w), upstream))
+    assert_near(found, dense(values, indices, W, upstream), 1e-5 if dtype == torch.float32 else 2e-2)
