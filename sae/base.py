@@ -9,8 +9,9 @@ the weights (float32; float64 in tests), outputs have the type of the weights. T
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -122,11 +123,26 @@ class StepLoss(NamedTuple):
     """Tokens whose latents need not be exactly the K largest (KERNELS 5); None where selection is exact or unread."""
 
 
+class TokenSource(Protocol):
+    """What :meth:`SAE.finish` needs of a store of activations."""
+
+    @property
+    def kept_N(self) -> np.ndarray:
+        """int64: tokens that pass the filter, ascending."""
+
+    def read(self, flat: Any) -> Tensor:
+        """Raw activations, float32 [n, D]."""
+
+
 class SAE(nn.Module):
     """Base class; an architecture sets ``activation`` and defines ``encode_entries`` and ``training_loss``."""
 
     activation: ClassVar[str]
     """Value of ``cfg.activation`` this class runs."""
+    uses_k: ClassVar[bool] = False
+    """Whether training needs ``TrainConfig.k``."""
+    latent_scaled: ClassVar[tuple[str, ...]] = ()
+    """Tensors [F], beside W_enc and b_enc, that take a factor when the codes do."""
 
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__()
@@ -178,6 +194,36 @@ class SAE(nn.Module):
         """Loss of one batch of normalised inputs; defined by the architecture."""
         raise NotImplementedError
 
+    @classmethod
+    def cfg_fields(cls, cfg: TrainConfig) -> dict[str, Any]:
+        """Fields of :class:`SAEConfig` that the architecture decides, for a training configuration."""
+        return {"activation": cls.activation, "k": cfg.k if cls.uses_k else None, "decoder_unit_norm": True}
+
+    @classmethod
+    def tensor_shapes(cls, cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
+        """Tensors of the file (FORMATS 2), each an attribute of this name: ``W_enc_DF`` and ``W_dec_FD`` in the type of
+        ``cfg.weights_dtype``, the others in float32."""
+        return {
+            "W_enc_DF": (cfg.d_in, cfg.d_sae), "W_dec_FD": (cfg.d_sae, cfg.d_out), "b_enc_F": (cfg.d_sae,),
+            "b_dec_D": (cfg.d_out,),
+        }  # fmt: skip
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the optimiser; ``lr_scale`` multiplies the learning rate of a group."""
+        return [{"params": list(self.parameters()), "lr_scale": 1.0}]
+
+    def constrain_(self) -> None:
+        """What the optimiser's step must not leave behind, after unit rows (TRAINING 6, step 8)."""
+
+    def finish(self, source: TokenSource) -> None:
+        """Last change of the weights, after training and before saving; ``source``: the training activations.
+        ``DataError`` if the SAE cannot be saved as it is."""
+
+    def selection_gap(self, x_ND: Tensor) -> Tensor | None:
+        """gap_N: how far each token of raw x is from another set of latents, relative to its largest one; None where
+        the code is a continuous function of x."""
+        return None
+
     def pre_activations(self, x_ND: Tensor, latents: Tensor | None = None) -> Tensor:
         """h_NF before the activation function, for raw x; only the columns ``latents`` (int64) where given."""
         n_ND, _ = self.normalise(x_ND)
@@ -227,27 +273,54 @@ class SAE(nn.Module):
         self.W_dec_FD.copy_(optim.unit_rows(self.d_sae, self.d_in, seed_of("sae-init", seed)))
         self.W_enc_FD.copy_(self.W_dec_FD)
         self.b_enc_F.zero_()
+        self.start_sparse(n_ND)
         self._scale_encoder(n_ND[:4096])
+
+    def start_sparse(self, n_ND: Tensor) -> None:
+        """Choose what makes the first codes sparse (thresholds, biases), for W_enc = W_dec transposed and b_enc 0."""
 
     @torch.no_grad()
     def _scale_encoder(self, n_ND: Tensor) -> None:
-        """Encoder and its bias times the least-squares factor of (z @ W_dec) on (n - b_dec); codes are homogeneous."""
+        """Codes times the least-squares factor of (z @ W_dec) on (n - b_dec)."""
         y_ND = self.decode_normalised(self.encode_entries(n_ND)) - self.b_dec_D
         target_ND = n_ND - self.b_dec_D
         power = float(y_ND.double().square().sum())
         factor = float((y_ND.double() * target_ND.double()).sum()) / power if power > 0 else 1.0
         if factor > 0:
-            self.W_enc_FD.mul_(factor)
-            self.b_enc_F.mul_(factor)
+            self.scale_codes_(factor)
+
+    @torch.no_grad()
+    def scale_codes_(self, factor: float | Tensor) -> None:
+        """All codes times ``factor`` (a number, or one per latent): they are homogeneous in the encoder's tensors."""
+        per_latent = torch.as_tensor(factor, dtype=self.W_enc_FD.dtype, device=self.W_enc_FD.device).reshape(-1)
+        self.W_enc_FD.mul_(per_latent[:, None])
+        for name in ("b_enc_F", *self.latent_scaled):
+            getattr(self, name).mul_(per_latent)
+
+
+class Fit(NamedTuple):
+    """Reconstruction of one batch where an architecture has a loss of its own for it."""
+
+    mse: Tensor
+    """Scalar reconstruction loss."""
+    y_ND: Tensor
+    """Reconstruction of the code that is run, in normalised space,"""
+    residual_ND: Tensor
+    """and n - y."""
 
 
 def step_loss(
-    sae: SAE, n_ND: Tensor, entries: Entries, state: TrainState, sparsity: Tensor, *, with_aux: bool
-) -> StepLoss:
-    """Reconstruction and auxiliary loss of one batch, shared by architectures; ``sparsity`` is added as it is."""
-    y_ND = sae.decode_normalised(entries)
-    residual_ND = n_ND - y_ND
-    mse = losses.normalised_mse(residual_ND, state.v0)
+    sae: SAE, n_ND: Tensor, entries: Entries, state: TrainState, sparsity: Tensor, *, with_aux: bool,
+    fit: Fit | None = None,
+) -> StepLoss:  # fmt: skip
+    """Reconstruction and auxiliary loss of one batch, shared by architectures; ``sparsity`` is added as it is.
+
+    ``entries``: the code that is run; ``fit``: its reconstruction loss, by default the normalised squared error.
+    """
+    if fit is None:
+        y_ND = sae.decode_normalised(entries)
+        fit = Fit(losses.normalised_mse(residual_ND := n_ND - y_ND, state.v0), y_ND, residual_ND)
+    mse, y_ND, residual_ND = fit
     total, aux, aux_active = mse + sparsity, mse.new_zeros(()), 0.0
     if with_aux and state.cfg.aux_alpha > 0 and bool((dead_F := state.dead_F).any()):
         found = losses.aux_k(
@@ -260,7 +333,8 @@ def step_loss(
     fired_F = torch.zeros(sae.d_sae, dtype=torch.bool, device=values_E.device)
     fired_F[entries.indices_E[values_E > state.fire_eps]] = True
     return StepLoss(
-        total=total, mse=mse.detach(), aux=aux.detach(), sparsity=sparsity.detach(), y_ND=y_ND.detach(),
+        total=total, mse=mse.detach(), aux=aux.detach(), sparsity=sparsity.detach(),
+        y_ND=y_ND.detach(),
         fired_F=fired_F, l0=float((values_E > 0).sum()) / max(len(n_ND), 1),
         v_e=float(losses.variance(residual_ND.detach())),
         aux_active=aux_active,
@@ -278,14 +352,14 @@ def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
     if len(x_sample_ND) == 0:
         raise DataError("random_like needs at least one sample token")
     k = sae.cfg.k
-    if sae.activation != "topk" or k is None:
+    if sae.activation != "topk" or k is None:  # elsewhere k is a mean or an aim
         active = int((sae.encode_sparse(x_sample_ND).values_NK > 0).sum())
         k = min(max(1, round(active / len(x_sample_ND))), sae.d_sae)
     key = key_of("random_sae", RANDOM_SAE_VERSION, {"seed": seed, "k": k}, {"sae": sae.sae_id})
     cfg = replace(
         sae.cfg, architecture="topk", activation="topk", k=k, decoder_unit_norm=True, apply_b_dec_to_input=True,
         sae_id=f"baseline.random_sae.{key[:8]}", train=None, train_tokens=0, train_steps=0, seed=seed, weights="raw",
-        weights_dtype="float32", source=None, extra={"like": sae.sae_id},
+        weights_dtype="float32", group_sizes=None, threshold_source=None, source=None, extra={"like": sae.sae_id},
     )
     found: SAE = find("sae.architectures", "topk")(cfg)
     found.to(sae.W_dec_FD)

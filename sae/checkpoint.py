@@ -6,6 +6,7 @@ silent: they only make the reconstruction worse.
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from sae.manifest import canonical_json, sha256_text
 from sae.ops import SparseLatents, to_dense
 from sae.plugins import find
 
+MATRICES = ("W_enc_DF", "W_dec_FD", "W_skip_DD")
+"""Tensors that ``weights_dtype`` rounds; biases and thresholds never are."""
 WEIGHTS, CFG, REFERENCE = "sae.safetensors", "cfg.json", "reference.safetensors"
 REFERENCE_TOKENS = 32
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -46,10 +49,8 @@ def save(sae: SAE, folder: Path, x_sample_ND: Tensor) -> None:
     cfg_text = _cfg_text(sae.cfg)
     matrix_type = torch.bfloat16 if sae.cfg.weights_dtype == "bfloat16" else torch.float32
     tensors = {
-        "W_enc_DF": sae.W_enc_FD.detach().t().to(matrix_type).contiguous(),
-        "W_dec_FD": sae.W_dec_FD.detach().to(matrix_type).contiguous(),
-        "b_enc_F": sae.b_enc_F.detach().float().contiguous(),
-        "b_dec_D": sae.b_dec_D.detach().float().contiguous(),
+        name: getattr(sae, name).detach().to(matrix_type if name in MATRICES else torch.float32).contiguous()
+        for name in sae.tensor_shapes(sae.cfg)
     }
     metadata = {"format": "pt", "saescope": "1", "cfg_sha256": sha256_text(cfg_text)}
     _write_tensors(folder / WEIGHTS, tensors, metadata)
@@ -79,19 +80,16 @@ def _cfg_text(cfg: SAEConfig) -> str:
 def _from_tensors(cfg: SAEConfig, tensors: dict[str, Tensor]) -> SAE:
     sae: SAE = find("sae.architectures", cfg.architecture)(cfg)
     with torch.no_grad():
-        sae.W_enc_FD.copy_(tensors["W_enc_DF"].t())
-        sae.W_dec_FD.copy_(tensors["W_dec_FD"])
-        sae.b_enc_F.copy_(tensors["b_enc_F"])
-        sae.b_dec_D.copy_(tensors["b_dec_D"])
+        for name, tensor in tensors.items():
+            getattr(sae, name).copy_(tensor)  # W_enc_DF is a view of the parameter
     return sae.requires_grad_(False)
 
 
 def _reference(sae: SAE, x_ND: Tensor) -> dict[str, Tensor]:
     """The reference sample of ``sae``: inputs, codes by falling value (padding: value 0, index 0), reconstructions."""
-    if sae.activation == "topk" and sae.cfg.k is not None and sae.cfg.k < sae.d_sae:
-        # Another library or machine rounds differently: a token whose K-th and next latent nearly tie would not agree.
-        top = torch.topk(sae.pre_activations(x_ND), sae.cfg.k + 1, dim=1).values
-        gap_N = (top[:, -2].clamp_min(0) - top[:, -1].clamp_min(0)) / top[:, 0].clamp_min(1e-12)
+    gap_N = sae.selection_gap(x_ND)
+    if gap_N is not None:
+        # Another library or machine rounds differently: a token whose selection is nearly a tie would not agree.
         x_ND = x_ND[torch.sort(gap_N, descending=True, stable=True).indices[:REFERENCE_TOKENS].sort().values]
     x_ND = x_ND[:REFERENCE_TOKENS].contiguous()
     latents = sae.encode_sparse(x_ND)
@@ -121,17 +119,13 @@ def load(path: str | Path, *, device: str = "cpu") -> SAE:
         if not (folder / name).is_file():
             raise ArtefactError(f"{folder} has no {name}: it is not a complete saescope SAE; train or convert it again")
     cfg, cfg_sha = _read_cfg(folder / CFG)
-    shapes: dict[str, tuple[int, ...] | None] = {
-        "W_enc_DF": (cfg.d_in, cfg.d_sae), "W_dec_FD": (cfg.d_sae, cfg.d_out), "b_enc_F": (cfg.d_sae,),
-        "b_dec_D": (cfg.d_out,),
-    }
-    tensors, metadata = _read_tensors(folder / WEIGHTS, shapes)
-    if metadata.get("cfg_sha256") != cfg_sha:
+    if _read_metadata(folder / WEIGHTS).get("cfg_sha256") != cfg_sha:
         raise ArtefactError(
             f"{folder / WEIGHTS} was written with another {CFG} (cfg_sha256 differs): one of the two was changed; "
             "restore the folder or train the SAE again"
         )
-    sae = _from_tensors(cfg, tensors)
+    shapes = find("sae.architectures", cfg.architecture).tensor_shapes(cfg)
+    sae = _from_tensors(cfg, _read_tensors(folder / WEIGHTS, shapes))
     if cfg.decoder_unit_norm:
         worst = float((torch.linalg.vector_norm(sae.W_dec_FD, dim=1) - 1).abs().max())
         limit = UNIT_TOLERANCE if cfg.weights_dtype == "float32" else TOLERANCE["bfloat16"]
@@ -163,11 +157,19 @@ def _read_cfg(path: Path) -> tuple[SAEConfig, str]:
     return cfg, sha256_text(text)
 
 
-def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...] | None]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, struct.error) as error:
+        raise ArtefactError(f"{path} is truncated or damaged ({error}); restore it or train the SAE again") from error
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
     """Tensors of a safetensors file; names, shapes and types are checked before anything is allocated."""
     try:
         with safe_open(path, framework="pt") as file:
-            found, metadata = set(file.keys()), file.metadata() or {}
+            found = set(file.keys())
             if found != set(shapes):
                 raise ArtefactError(f"{path} holds {sorted(found)}, expected {sorted(shapes)}")
             for name, shape in shapes.items():
@@ -182,13 +184,13 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...] | None]) -> tupl
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtefactError(f"{path}: {name} holds NaN or infinity; the SAE is unusable, train it again")
-    return tensors, metadata
+    return tensors
 
 
 @torch.no_grad()
 def _self_check(sae: SAE, path: Path) -> None:
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(("x_ND", "values_NK", "indices_NK", "x_hat_ND"))
-    sample, _ = _read_tensors(path, shapes)
+    sample = _read_tensors(path, shapes)
     x_ND, values_NK, indices_NK = sample["x_ND"], sample["values_NK"], sample["indices_NK"].long()
     fits = x_ND.dim() == 2 and x_ND.shape[1] == sae.d_in and values_NK.shape == indices_NK.shape
     if not fits or len(values_NK) != len(x_ND) or sample["x_hat_ND"].shape != x_ND.shape:

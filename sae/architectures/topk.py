@@ -13,6 +13,7 @@ class TopK(SAE):
     """L0 is at most K: a pre-activation below 0 is never active."""
 
     activation = "topk"
+    uses_k = True
 
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__(cfg)
@@ -29,6 +30,13 @@ class TopK(SAE):
 
     def _latents(self, n_ND: Tensor) -> ops.SparseLatents:
         return ops.encode_topk(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, self.k)
+
+    @torch.no_grad()
+    def selection_gap(self, x_ND: Tensor) -> Tensor | None:
+        if self.k == self.d_sae:
+            return None
+        top = torch.topk(self.pre_activations(x_ND), self.k + 1, dim=1).values
+        return (top[:, -2].clamp_min(0) - top[:, -1].clamp_min(0)) / top[:, 0].clamp_min(1e-12)
 
     def compute_copies(self) -> ops_fused.ComputeCopies:
         """Copies of the weights that the fused loss multiplies, made when they are first wanted (GPU alone)."""
