@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae.base import SAE
 from sae.config import InputNorm, SAEConfig, from_dict, to_dict
-from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, DataError
+from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, DataError, UnknownPlugin
 from sae.manifest import canonical_json, sha256_text
 from sae.ops import SparseLatents, to_dense
 from sae.plugins import find
@@ -119,13 +119,13 @@ def load(path: str | Path, *, device: str = "cpu") -> SAE:
         if not (folder / name).is_file():
             raise ArtefactError(f"{folder} has no {name}: it is not a complete saescope SAE; train or convert it again")
     cfg, cfg_sha = _read_cfg(folder / CFG)
-    if _read_metadata(folder / WEIGHTS).get("cfg_sha256") != cfg_sha:
+    tensors, metadata = _read_tensors(folder / WEIGHTS, _shapes(cfg))
+    if metadata.get("cfg_sha256") != cfg_sha:
         raise ArtefactError(
             f"{folder / WEIGHTS} was written with another {CFG} (cfg_sha256 differs): one of the two was changed; "
             "restore the folder or train the SAE again"
         )
-    shapes = find("sae.architectures", cfg.architecture).tensor_shapes(cfg)
-    sae = _from_tensors(cfg, _read_tensors(folder / WEIGHTS, shapes))
+    sae = _from_tensors(cfg, tensors)
     if cfg.decoder_unit_norm:
         worst = float((torch.linalg.vector_norm(sae.W_dec_FD, dim=1) - 1).abs().max())
         limit = UNIT_TOLERANCE if cfg.weights_dtype == "float32" else TOLERANCE["bfloat16"]
@@ -157,19 +157,18 @@ def _read_cfg(path: Path) -> tuple[SAEConfig, str]:
     return cfg, sha256_text(text)
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def _shapes(cfg: SAEConfig) -> Mapping[str, tuple[int, ...] | None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, struct.error) as error:
-        raise ArtefactError(f"{path} is truncated or damaged ({error}); restore it or train the SAE again") from error
+        return find("sae.architectures", cfg.architecture).tensor_shapes(cfg)  # type: ignore[no-any-return]
+    except UnknownPlugin:  # said later, unless the cfg was changed after the weights were written
+        return SAE.tensor_shapes(cfg)
 
 
-def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...] | None]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a safetensors file; names, shapes and types are checked before anything is allocated."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
+            found, metadata = set(file.keys()), file.metadata() or {}
             if found != set(shapes):
                 raise ArtefactError(f"{path} holds {sorted(found)}, expected {sorted(shapes)}")
             for name, shape in shapes.items():
@@ -184,13 +183,13 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...] | None]) -> d
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtefactError(f"{path}: {name} holds NaN or infinity; the SAE is unusable, train it again")
-    return tensors
+    return tensors, metadata
 
 
 @torch.no_grad()
 def _self_check(sae: SAE, path: Path) -> None:
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(("x_ND", "values_NK", "indices_NK", "x_hat_ND"))
-    sample = _read_tensors(path, shapes)
+    sample, _ = _read_tensors(path, shapes)
     x_ND, values_NK, indices_NK = sample["x_ND"], sample["values_NK"], sample["indices_NK"].long()
     fits = x_ND.dim() == 2 and x_ND.shape[1] == sae.d_in and values_NK.shape == indices_NK.shape
     if not fits or len(values_NK) != len(x_ND) or sample["x_hat_ND"].shape != x_ND.shape:
