@@ -137,7 +137,7 @@ def count_cells(exemplars: Sequence[Exemplar], items: Sequence[ScoreItem]) -> Ce
 
 
 @lru_cache(maxsize=512)
-def _beta_draws(slot: str, hit: int, miss: int) -> np.ndarray:
+def beta_draws(slot: str, hit: int, miss: int) -> np.ndarray:
     """[N_DRAWS] of Beta(hit + 1/2, miss + 1/2). Shared by all latents (common random numbers): few distinct counts."""
     draws = rng("beta_draws", slot, hit, miss).beta(hit + 0.5, miss + 0.5, size=N_DRAWS)
     draws.flags.writeable = False
@@ -285,7 +285,7 @@ def _rate_rows(job: ScoreJob, cells: Cells, too_many: bool, base: Mapping) -> li
     rates = _rates(cells, lambda _slot, c: c.hit / c.n)
     values = _metrics(rates, job.pi)
     worst = _metrics(_rates(_failures_wrong(cells), lambda _slot, c: c.hit / c.n), job.pi)
-    draws = _metrics(_rates(cells, lambda slot, c: _beta_draws(slot, c.hit, c.miss)), job.pi)
+    draws = _metrics(_rates(cells, lambda slot, c: beta_draws(slot, c.hit, c.miss)), job.pi)
     rows = []
     for metric, value in values.items():
         drawn = draws[metric]

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from autointerp.dataset_card import blocked, card
@@ -202,6 +203,7 @@ def _items(items: list[ScoreItem], sae_id: str) -> pd.DataFrame:
     table["value"] = table["value"].astype("Float64")
     table["verdict"] = table["verdict"].astype("boolean")
     table["positive"] = table["positive"].astype("bool")
+    table["mask"] = [np.array(m, dtype=np.int32) for m in table["mask"]]  # a type even where no list has a member
     return table.assign(sae_id=sae_id)
 
 

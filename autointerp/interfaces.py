@@ -144,7 +144,11 @@ class Simulator(Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """From an explanation and windows to metrics."""
+    """From an explanation and windows to metrics.
+
+    Optional attributes: ``max_latents``, ``selected_only``, ``uses_explanation`` (see :func:`autointerp.pipeline.
+    jobs_for`), ``separation(items)`` (see :func:`autointerp.judge_check.check_judge`).
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]

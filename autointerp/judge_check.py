@@ -50,22 +50,26 @@ def check_judge(
     """Judge the known texts with a scorer of windows (its file name, or an object) as it will judge a run's windows.
 
     ``auc`` is the mean over descriptions of the AUC of its values; a judge that gives yes or no only (detection in list
-    mode) gets its balanced accuracy instead. The interval is a bootstrap over descriptions. ``n_descriptions``: the
-    first so many. Raises :class:`Unsupported` if the context lacks what the scorer needs.
+    mode) gets its balanced accuracy instead, a judge with a ``separation(items)`` of its own that one; where it reads
+    no description (``uses_explanation`` false), the wrong arm has texts that share nothing. The interval is a bootstrap
+    over descriptions. ``n_descriptions``: the first so many. Raises :class:`Unsupported` if the context lacks what the
+    scorer needs.
     """
     features = known_features()[:n_descriptions]
     require(len(features) >= 2, f"a judge check needs at least 2 descriptions, got {n_descriptions}")
     judge: Scorer = find("autointerp.scorers", scorer)() if isinstance(scorer, str) else scorer
     check_needs(judge, ctx)
     shift = len(features) // 2
-    right = [_job(i, features[i], features[i].description, ctx, "") for i in range(len(features))]
-    wrong = [
-        _job(i, features[i], features[(i + shift) % len(features)].description, ctx, "wrong")
-        for i in range(len(features))
-    ]
+    n = range(len(features))
+    right = [_job(i, features[i], features[i].description, ctx, "") for i in n]
+    if getattr(judge, "uses_explanation", True):
+        wrong = [_job(i, features[i], features[(i + shift) % len(features)].description, ctx, "wrong") for i in n]
+    else:
+        wrong = [_job(i, _nothing_shared(features, i), features[i].description, ctx, "wrong") for i in n]
     results = judge.score_many([*right, *wrong], ctx)
-    values = [separation(r.items) for r in results[: len(features)]]
-    wrong_values = [separation(r.items) for r in results[len(features) :]]
+    measured = getattr(judge, "separation", separation)
+    values = [measured(r.items) for r in results[: len(features)]]
+    wrong_values = [measured(r.items) for r in results[len(features) :]]
     items = [item for r in results for item in r.items]
     mean, wrong_mean = _mean(values), _mean(wrong_values)
     interval = _interval(values, judge.name, seed)
@@ -81,12 +85,25 @@ def check_judge(
         n_failed=sum(item.failure is not None for item in items),
         weak=is_weak(mean, wrong_mean),
         detail={
-            "measure": "auc" if any(item.value is not None for item in items) else "balanced_accuracy",
+            "measure": _measure(judge, items),
             "per_description": {f.description: v for f, v in zip(features, values, strict=True)},
             "n_items": len(items),
             "n_undefined": sum(v is None for v in values),
         },
     )
+
+
+def _measure(judge: Scorer, items: Sequence[ScoreItem]) -> str:
+    if hasattr(judge, "separation"):
+        return "accuracy"
+    return "auc" if any(item.value is not None for item in items) else "balanced_accuracy"
+
+
+def _nothing_shared(features: Sequence[KnownFeature], index: int) -> KnownFeature:
+    """The floor of a judge that reads no description: "fitting" texts, each of another description."""
+    here = features[index]
+    foreign = tuple(features[(index + k) % len(features)].fitting[k] for k in range(len(here.fitting)))
+    return KnownFeature(here.description, foreign, here.unfitting)
 
 
 def is_weak(value: float | None, wrong: float | None) -> bool:

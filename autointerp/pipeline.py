@@ -251,8 +251,11 @@ def jobs_for(scorer: Scorer, jobs: Sequence[ScoreJob]) -> list[ScoreJob]:
     """The jobs that a scorer wants: all, unless it says otherwise because each is dear.
 
     ``scorer.max_latents``: those of so many latents, spread evenly over the sample. ``scorer.selected_only``: of each
-    latent its selected explanation, and its floor by the same explainer.
+    latent its selected explanation, and its floor by the same explainer. ``scorer.uses_explanation = False``: one job
+    per latent, no floor.
     """
+    if not getattr(scorer, "uses_explanation", True):
+        jobs = [job for job in jobs if job.explanation.selected and not job.floor_kind]
     most, selected_only = getattr(scorer, "max_latents", None), getattr(scorer, "selected_only", False)
     latents = sorted({job.latent for job in jobs})
     if most is not None and most < len(latents):

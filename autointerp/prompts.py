@@ -129,31 +129,48 @@ def marked_window(tokenizer: Any, exemplar: Exemplar, largest: float) -> str:
     Touching marked tokens share one pair of marks and show the larger strength. ``largest`` is the largest activation
     shown in the prompt. Marks in the text itself are broken up, so that only ours are whole.
     """
-    parts = pieces(tokenizer, exemplar.token_ids)
-    cut = ACTIVE_SHARE * max(exemplar.acts, default=0.0)
-    text, strengths = "", []
+    text, runs = _with_marks(pieces(tokenizer, exemplar.token_ids), active_tokens(exemplar.acts))
+    strengths = [
+        f"{piece.strip() or repr(piece)}={strength(max(exemplar.acts[first:after]), largest)}"
+        for piece, first, after in runs
+    ]
+    return f"{text}   ({', '.join(strengths)})" if strengths else text
+
+
+def active_tokens(acts: Sequence[float]) -> tuple[bool, ...]:
+    """Which tokens count as marked: those at or above 0.3 of the window's peak."""
+    cut = ACTIVE_SHARE * max(acts, default=0.0)
+    return tuple(act > 0 and act >= cut for act in acts)
+
+
+def marked_text(tokenizer: Any, token_ids: Sequence[int], mask: Sequence[bool]) -> str:
+    """A window with the given tokens in ``<<...>>``, one line. A marked part of a character marks all of it, so that
+    every mask is visible whatever the text below it."""
+    parts, marks = pieces(tokenizer, token_ids), list(mask)
+    for i, part in enumerate(parts[:-1]):
+        if marks[i] and not part:
+            marks[i + 1] = True
+    return _with_marks(parts, marks)[0]
+
+
+def _with_marks(parts: Sequence[str], marks: Sequence[bool]) -> tuple[str, list[tuple[str, int, int]]]:
+    """(text, [(marked text, first token, token after the last)])."""
+    text, runs = "", []
     i = 0
     while i < len(parts):
-        marked = _is_marked(exemplar.acts[i], cut)
         j = i
-        while j < len(parts) and _is_marked(exemplar.acts[j], cut) == marked:
+        while j < len(parts) and marks[j] == marks[i]:
             j += 1
         piece = _plain_marks(escaped("".join(parts[i:j])))
-        if marked and piece.strip():
+        if marks[i] and piece.strip():
             blank = piece[: len(piece) - len(piece.lstrip())]
             text += f"{blank}<<{piece.strip()}>>{piece[len(piece.rstrip()) :]}"
-            strengths.append(f"{piece.strip()}={strength(max(exemplar.acts[i:j]), largest)}")
-        elif marked and piece:
-            text += f"<<{piece}>>"
-            strengths.append(f"'{piece}'={strength(max(exemplar.acts[i:j]), largest)}")
         else:
-            text += piece
+            text += f"<<{piece}>>" if marks[i] and piece else piece
+        if marks[i] and piece:
+            runs.append((piece, i, j))
         i = j
-    return f"{text.strip()}   ({', '.join(strengths)})" if strengths else text.strip()
-
-
-def _is_marked(act: float, cut: float) -> bool:
-    return act > 0 and act >= cut
+    return text.strip(), runs
 
 
 def _plain_marks(text: str) -> str:

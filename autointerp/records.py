@@ -184,6 +184,8 @@ class ScoreItem(Record):
     verdict: bool | None = None
     """None if failed."""
     failure: Failure | None = None
+    mask: tuple[int, ...] = ()
+    """fuzzing: indices of the tokens that were shown marked."""
 
 
 @dataclass(frozen=True, kw_only=True)

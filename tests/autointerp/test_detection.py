@@ -10,8 +10,8 @@ from tiny import byte_tokenizer
 from autointerp.client import CachedClient, Capabilities, LogprobReply
 from autointerp.clients.scripted import ScriptedClient
 from autointerp.interfaces import ScoreContext, ScoreJob, Scorer
+from autointerp.judging import NO, YES
 from autointerp.records import Exemplar, Explanation, Failure
-from autointerp.scorers.detection import NO, YES
 from autointerp.scorers.detection import PLUGIN as Detection
 from sae.errors import ConfigError, Unsupported
 from sae.manifest import rng

@@ -1,5 +1,7 @@
 """Prompts: holes, hashes, one-line windows, marks; no window can pose as something else."""
 
+from importlib import resources
+
 import pytest
 from tiny import byte_tokenizer
 
@@ -18,7 +20,7 @@ from sae.errors import ConfigError
 from sae.manifest import sha256_text
 
 TOKENIZER = byte_tokenizer()
-PROMPTS = ("all_at_once", "detection_list", "detection_logprob", "highlighted")
+PROMPTS = sorted(f.name.removesuffix(".md") for f in (resources.files("autointerp") / "prompt_texts").iterdir())
 
 
 class Words:

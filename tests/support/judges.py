@@ -13,8 +13,8 @@ from tiny import byte_tokenizer
 
 from autointerp.client import LogprobReply
 from autointerp.interfaces import ScoreJob
+from autointerp.judging import NO, YES
 from autointerp.records import Exemplar, Explanation, Failure, LatentView
-from autointerp.scorers.detection import NO, YES
 from autointerp.texts import PMI_NO_TEXT
 from sae.manifest import hash64, rng
 
@@ -57,7 +57,9 @@ class Coin(Words):
 
 
 def _fits(explanation: str, window: str) -> float:
-    return 0.99 if topics_in(explanation) & topics_in(window) else 0.01
+    """Of the marked words alone, where there are any."""
+    seen = " ".join(re.findall(r"<<(.*?)>>", window)) or window
+    return 0.99 if topics_in(explanation) & topics_in(seen) else 0.01
 
 
 def _coin(explanation: str, window: str) -> float:
@@ -74,6 +76,8 @@ def script(says: Callable[[str, str], float | Failure]):
             return _continuation(request, says)
         said = request.messages[-1].content
         explanation = said.splitlines()[0].partition(": ")[2]
+        if "1" in getattr(request, "choices", ()):
+            return _odd_one(said, says)
         if request.verb == "next_token":
             p = says(explanation, said.rpartition("Snippet: ")[2])
             if isinstance(p, Failure):
@@ -87,6 +91,14 @@ def script(says: Callable[[str, str], float | Failure]):
         return json.dumps({"explanation": f"the word {min(topics_in(marked), default='nothing')}"})
 
     return answer
+
+
+def _odd_one(said: str, says):
+    """The line that fits the whole the least, as log-probabilities of the numbers 1 to 5 in two spellings."""
+    p = [says(said, line.partition("] ")[2]) for line in said.splitlines()]
+    failed = next((x for x in p if isinstance(x, Failure)), None)
+    total = sum(1 - x for x in p) if failed is None else 1.0
+    return failed or LogprobReply(rows=((*(math.log((1 - x) / total) for x in p), *[None] * len(p)),))
 
 
 def _continuation(request, says):

@@ -1,0 +1,208 @@
+"""Fuzzing: are the marked tokens those that the explanation speaks of? (AUTOINTERP 5.1)
+
+Windows with tokens in ``<<...>>``: positive ones with the latent's own tokens marked, and negatives that carry the same
+masks in silent windows or on wrong tokens (:mod:`autointerp.fuzz`). Marks have no base rate, so there is no precision.
+The form of the question is EleutherAI's (2410.13928, 3.3); masks, texts and metrics are ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from autointerp.classify import MAX_FAILED_SHARE, Counts, base_score, beta_draws, null_scores, positives_of
+from autointerp.client import Origin
+from autointerp.fuzz import NEGATIVES, WRONG, Marked, marked_windows
+from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
+from autointerp.judging import MODES, Mode, Question, YesNoJudge, verdict_item
+from autointerp.prompts import load_prompt, marked_text
+from autointerp.rates import auc, auc_interval, percentiles, wilson
+from autointerp.records import LatentScore, ScoreItem
+from sae.config import require
+from sae.errors import Unsupported
+from sae.manifest import rng
+
+
+class Fuzzing:
+    """``Fuzzing(mode="auto", per_request=10)``; auto = logprob where the client has next-token log-probabilities."""
+
+    name: ClassVar[str] = "fuzzing"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"client:generate"})
+    metrics: ClassVar[tuple[str, ...]] = ("recall", "balanced_accuracy", "auc")
+
+    def __init__(self, *, mode: Mode = "auto", per_request: int = 10) -> None:
+        require(mode in MODES, f"mode must be auto, logprob or list, got {mode!r}")
+        require(per_request >= 1, f"per_request must be positive, got {per_request}")
+        self.mode, self.per_request = mode, per_request
+        self.inputs = {name: load_prompt(name).sha256 for name in ("fuzzing_logprob", "fuzzing_list")}
+        self._judge = YesNoJudge(load_prompt("fuzzing_logprob"), load_prompt("fuzzing_list"), mode, per_request)
+
+    def score_many(self, jobs: list[ScoreJob], ctx: ScoreContext) -> list[ScoreResult]:
+        """One result per job. An item is known by its window and its ``mask``: a positive window may be judged twice,
+        under its own marks and under wrong ones (``positive`` false). :class:`Unsupported` where the client lacks the
+        mode's verb."""
+        if ctx.client is None:
+            raise Unsupported("'fuzzing' needs a language model; choose a client or another scorer")
+        drawn = [self._drawn(job, ctx.seed) if job.explanation.text is not None else [] for job in jobs]
+        usable = [i for i, marked in enumerate(drawn) if marked]
+        questions = [
+            Question(
+                explanation=jobs[i].explanation.text or "",
+                lines=tuple(_shown(m, ctx.tokenizer) for m in drawn[i]),
+                origin=Origin(stage="score.fuzzing", sae_id=jobs[i].sae_id, latent=jobs[i].latent),
+                order=rng(ctx.seed, jobs[i].sae_id, jobs[i].latent, "fuzzing"),
+            )
+            for i in usable
+        ]
+        said = dict(zip(usable, self._judge.ask(questions, ctx.client, self.name), strict=True))
+        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": ctx.client.identity.model}
+        results = []
+        for i, job in enumerate(jobs):
+            if i not in said:
+                code = "too_few_positive"
+                if job.explanation.text is None:  # a bare pattern has no text to judge by
+                    code = job.explanation.failure.code if job.explanation.failure else "unsupported"
+                results.append(ScoreResult(scores=null_scores(job, code, self.metrics, **identity)))
+                continue
+            items = tuple(
+                replace(verdict_item(job.explanation, m.exemplar, v, self.name), mask=m.mask, positive=m.positive)
+                for m, v in zip(drawn[i], said[i], strict=True)
+            )
+            results.append(ScoreResult(scores=tuple(_rows(job, drawn[i], items, identity)), items=items))
+        return results
+
+    @staticmethod
+    def _drawn(job: ScoreJob, seed: int) -> list[Marked]:
+        """Empty unless there is something of both classes."""
+        silent = [e for e in job.exemplars if e.kind == "silent"]
+        generator = rng(seed, job.sae_id, job.latent, "fuzzing/marks")
+        found = marked_windows(positives_of(job.exemplars), silent, generator)
+        return found if any(m.positive for m in found) and not all(m.positive for m in found) else []
+
+
+def _shown(marked: Marked, tokenizer: Any) -> str:
+    on = set(marked.mask)
+    return marked_text(tokenizer, marked.exemplar.token_ids, [i in on for i in range(len(marked.exemplar.token_ids))])
+
+
+def _count(items: Sequence[ScoreItem]) -> Counts:
+    hit = sum(i.verdict is True for i in items)
+    miss = sum(i.verdict is False for i in items)
+    return Counts(hit, miss, len(items) - hit - miss)
+
+
+def _rows(
+    job: ScoreJob, drawn: Sequence[Marked], items: Sequence[ScoreItem], identity: dict[str, Any]
+) -> list[LatentScore]:
+    """Recall per quantile group, false positives per kind of negative, balanced accuracy with both kinds weighing
+    alike, AUC where the judge gave numbers."""
+    pairs = list(zip(drawn, items, strict=True))
+    groups = {
+        g: _count([i for m, i in pairs if m.positive and m.exemplar.group == g])
+        for g in sorted({m.exemplar.group for m in drawn if m.positive})
+    }
+    kinds = {k: _count([i for m, i in pairs if m.kind == k]) for k in NEGATIVES if any(m.kind == k for m in drawn)}
+    every = [*groups.values(), *kinds.values()]
+    n_failed = sum(c.failed for c in every)
+    too_many = n_failed > MAX_FAILED_SHARE * len(items)
+    # Rows of marks have no base rate: the latent's own rate is not that of marked windows.
+    base = {**base_score(job, **identity), "base_rate": None}
+    counted = {
+        **base, "n_pos": sum(c.n for c in groups.values()), "n_neg": sum(c.n for c in kinds.values()),
+        "n_failed": n_failed,
+    }  # fmt: skip
+    rows = _aggregates(groups, kinds, too_many, counted)
+    for metric, cells in (("recall", {f"decile={g}": c for g, c in groups.items() if g >= 0}),
+                          ("fpr", {f"kind={k}": c for k, c in kinds.items()})):  # fmt: skip
+        rows += [_cell_row(metric, group, c, too_many, base) for group, c in cells.items()]
+    if WRONG not in kinds:  # every mask covers the active tokens of every other window
+        rows.append(LatentScore(metric="fpr", group=f"kind={WRONG}", null_reason="no_hard_negative", **base))
+    if any(i.value is not None for i in items):
+        rows += [_auc_row(pairs, kind, too_many, base) for kind in ("", *kinds)]
+    return rows
+
+
+def _aggregates(
+    groups: dict[int, Counts], kinds: dict[str, Counts], too_many: bool, base: dict[str, Any]
+) -> list[LatentScore]:
+    answered_groups = {g: c for g, c in groups.items() if c.n}
+    answered_kinds = {k: c for k, c in kinds.items() if c.n}
+    rows = []
+    for metric in ("recall", "balanced_accuracy"):
+        sides = [(answered_groups, "group")] + ([(answered_kinds, "kind")] if metric != "recall" else [])
+        null = too_many or any(not cells for cells, _ in sides)
+        value = interval = None
+        if not null:
+            value = _combined([np.mean([c.hit / c.n for c in cells.values()]) for cells, _ in sides])
+            draws = [
+                np.mean([beta_draws(f"{slot}={n}", c.hit, c.miss) for n, c in cells.items()], axis=0)
+                for cells, slot in sides
+            ]
+            interval = percentiles(np.asarray(_combined(draws)))
+        worst_recall = np.mean([c.hit / (c.n + c.failed) for c in groups.values()])
+        worst_fpr = np.mean([(c.hit + c.failed) / (c.n + c.failed) for c in kinds.values()])
+        rows.append(
+            LatentScore(
+                metric=metric,
+                value=None if value is None else float(value),
+                ci_low=interval.low if interval else None,
+                ci_high=interval.high if interval else None,
+                value_worst=float(_combined([worst_recall] if metric == "recall" else [worst_recall, worst_fpr])),
+                null_reason=("too_many_failures" if too_many else "one_class") if null else None,
+                **base,
+            )
+        )
+    return rows
+
+
+def _combined(rates: Sequence[Any]) -> Any:
+    """[recall] -> recall; [recall, fpr] -> (recall + 1 - fpr) / 2."""
+    return rates[0] if len(rates) == 1 else (rates[0] + 1 - rates[1]) / 2
+
+
+def _cell_row(metric: str, group: str, c: Counts, too_many: bool, base: dict[str, Any]) -> LatentScore:
+    null = too_many or c.n == 0
+    interval = None if null else wilson(c.hit, c.n)
+    is_recall = metric == "recall"
+    return LatentScore(
+        metric=metric,
+        group=group,
+        value=None if null else c.hit / c.n,
+        ci_low=interval.low if interval else None,
+        ci_high=interval.high if interval else None,
+        value_worst=(c.hit if is_recall else c.hit + c.failed) / (c.n + c.failed),
+        n_pos=c.n if is_recall else 0,
+        n_neg=0 if is_recall else c.n,
+        n_failed=c.failed,
+        null_reason="too_many_failures" if null else None,
+        **base,
+    )
+
+
+def _auc_row(
+    pairs: Sequence[tuple[Marked, ScoreItem]], kind: str, too_many: bool, base: dict[str, Any]
+) -> LatentScore:
+    """AUC of right marks against one kind of negative, or all of them."""
+    chosen = [(m, i) for m, i in pairs if m.positive or kind in ("", m.kind)]
+    pos = [i.value for m, i in chosen if m.positive and i.value is not None]
+    neg = [i.value for m, i in chosen if not m.positive and i.value is not None]
+    value = None if too_many else auc(pos, neg)
+    key = (base["sae_id"], base["latent"], base["explanation_id"], base["scorer"], kind)
+    interval = None if value is None else auc_interval(pos, neg, *key)
+    return LatentScore(
+        metric="auc",
+        group=f"kind={kind}" if kind else "",
+        value=value,
+        ci_low=interval.low if interval else None,
+        ci_high=interval.high if interval else None,
+        n_pos=len(pos),
+        n_neg=len(neg),
+        n_failed=len(chosen) - len(pos) - len(neg),
+        null_reason=("too_many_failures" if too_many else "one_class") if value is None else None,
+        **base,
+    )
+
+
+PLUGIN = Fuzzing

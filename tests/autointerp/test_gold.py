@@ -1,0 +1,204 @@
+"""Gold set: of a true explanation and near misses every scorer must prefer the true one, if its judge knows everything.
+
+Two planted latents. WORDS fires on two river names; CONTEXT fires on "stop" right after "don't". The near misses are
+narrower, wider, beside it, or right about the place and wrong about the context. Windows hold all of these words, so
+that a near miss is met often. A judge that sees single words cannot know a context: it gets WORDS alone.
+"""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from tiny import byte_tokenizer
+
+from autointerp.client import CachedClient, LogprobReply
+from autointerp.clients.scripted import ScriptedClient
+from autointerp.interfaces import ScoreContext, ScoreJob
+from autointerp.judging import NO, YES
+from autointerp.records import Exemplar, Explanation
+from autointerp.scorers.simulation import PLUGIN as Simulation
+from autointerp.texts import PMI_NO_TEXT
+from sae import plugins
+from sae.manifest import rng
+
+TOKENIZER = byte_tokenizer()
+ROOM = "autointerp.scorers"
+GOLD: dict[str, dict[str, str]] = {
+    "WORDS": {
+        "names of rivers": r"\b(rhine|elbe)\b",
+        "the river Rhine alone": r"\brhine\b",
+        "names of rivers and towns": r"\b(rhine|elbe|paris)\b",
+        "names of towns": r"\bparis\b",
+        "any word at all": r"\b\w+\b",
+    },
+    "CONTEXT": {
+        "stop after don't": r"(?<=don't )stop\b",
+        "the word stop": r"\bstop\b",
+        "the word don't": r"\bdon't\b",
+        "go after don't": r"(?<=don't )go\b",
+        "stop after do": r"(?<=\bdo )stop\b",
+    },
+}
+"""Latent -> explanations, the true one first, each with what it describes."""
+PATTERNS = {text: pattern for near in GOLD.values() for text, pattern in near.items()}
+PIECES = {
+    "WORDS": ["rhine", "elbe", "paris", "boats", "water", "went", "slowly", "again"],
+    "CONTEXT": ["don't stop", "do stop", "don't go", "we stop", "they go", "once more", "later", "here"],
+}
+
+
+def spans(text: str, window: str) -> list[tuple[int, int]]:
+    return [m.span() for m in re.finditer(PATTERNS[text], window)]
+
+
+def exemplars(latent: str, split: str, n: int) -> tuple[Exemplar, ...]:
+    """n windows with and n without the latent, each of four random pieces."""
+    truth = next(iter(GOLD[latent]))
+    draw = rng("gold", latent, split)
+    found: dict[bool, list[Exemplar]] = {True: [], False: []}
+    while min(map(len, found.values())) < n:
+        text = " " + " ".join(draw.choice(PIECES[latent], 4)) + " "
+        where = spans(truth, text)
+        mine = found[bool(where)]
+        if len(mine) == n:
+            continue
+        acts = [0.0] * len(text)
+        for first, after in where:
+            acts[first:after] = [2.0] * (after - first)
+        kind = "quantile" if where else "silent"
+        mine.append(
+            Exemplar(
+                exemplar_id=f"{latent}/{split}/{kind}/{len(mine):03d}", latent=0, kind=kind, split=split,
+                group=len(mine) % 5 if where else -1, acts=tuple(acts), peak=where[0][0] if where else -1,
+                token_ids=tuple(TOKENIZER.encode(text, add_special_tokens=False)),
+            )
+        )  # fmt: skip
+    return (*found[True], *found[False])
+
+
+def jobs(latent: str) -> list[ScoreJob]:
+    return [
+        ScoreJob(
+            explanation=Explanation(explanation_id=f"s/0/gold/{i}", sae_id="s", latent=0, explainer="gold", text=text),
+            sae_id="s", latent=0, exemplars=exemplars(latent, "score", 20),
+            calibrate=exemplars(latent, "calibrate", 20), pi=0.2,
+        )
+        for i, text in enumerate(GOLD[latent])
+    ]  # fmt: skip
+
+
+def fits(text: str, window: str) -> bool:
+    """Marked windows: every mark lies on what the explanation describes, and all of that is marked."""
+    plain = window.replace("<<", "").replace(">>", "")
+    marked = [m.span() for m in re.finditer(r"<<.*?>>", window)]
+    if not marked:
+        return bool(spans(text, plain))
+    on = set()
+    for k, (first, after) in enumerate(marked):
+        on.update(range(first - 4 * k, after - 4 * k - 4))
+    wanted = {i for first, after in spans(text, plain) for i in range(first, after)}
+    return on == wanted
+
+
+def oracle(request):
+    """Knows what each explanation describes, and nothing of latents."""
+    if request.verb == "slots":
+        text, *rows = TOKENIZER.decode(list(request.ids)).rpartition("The detector looks for: ")[2].split("\n")
+        window = "".join(row[:1] for row in rows[: len(request.positions)])
+        on = {i for first, after in spans(text, window) for i in range(first, after)}
+        row = lambda d: tuple(math.log(0.9) if v == d else math.log(1e-12) for v in range(10))  # noqa: E731
+        return LogprobReply(rows=tuple(row(9 if i in on else 0) for i in range(len(request.positions))))
+    if request.verb == "continuation":
+        window = " " + request.prompt.rpartition("\n\n")[0] + " "
+        nothing = request.prompt == PMI_NO_TEXT
+        p = [0.1 if nothing else 0.9 if fits(c.strip(), window) else 0.05 for c in request.continuations]
+        return LogprobReply(sums=tuple(map(math.log, p)), counts=(1,) * len(p))
+    head, *lines = request.messages[-1].content.splitlines()
+    text = head.partition(": ")[2]
+    if request.verb == "next_token":
+        p = 0.99 if fits(text, f" {lines[0].removeprefix('Snippet: ')} ") else 0.01
+        return LogprobReply(
+            rows=((math.log(p), *[None] * (len(YES) - 1), math.log(1 - p), *[None] * (len(NO) - 1)),)
+        )
+    return json.dumps({"match": [i for i, x in enumerate(lines, 1) if fits(text, f" {x.partition('] ')[2]} ")]})
+
+
+class Knowing:
+    """Every text as yes or no to every explanation; cosines between an explanation and a text are +-1 / sqrt(n)."""
+
+    name, model_hash = "knowing", "k" * 64
+
+    def embed(self, texts) -> np.ndarray:
+        names = list(PATTERNS)
+        rows = [
+            [float(n == t) for n in names] if t in PATTERNS else [1.0 if spans(n, t) else -1.0 for n in names]
+            for t in texts
+        ]
+        out = np.array(rows, dtype=np.float32).reshape(len(texts), len(names))
+        return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+def coin(request):
+    """A random answer of the right form, the same whenever asked the same."""
+    draw = rng("coin", repr(request))
+    if request.verb == "slots":
+        return LogprobReply(rows=tuple(tuple(np.log(draw.dirichlet([0.3] * 10))) for _ in request.positions))
+    if request.verb == "continuation":
+        n = len(request.continuations)
+        return LogprobReply(sums=tuple(float(v) for v in np.log(draw.random(n))), counts=(1,) * n)
+    if request.verb == "next_token":
+        p = np.log(draw.dirichlet([1.0] * len(request.choices)))
+        return LogprobReply(rows=(tuple(float(v) for v in p),))
+    return json.dumps({"match": [i for i in range(1, 11) if draw.random() < 0.5]})
+
+
+class CoinVectors:
+    name, model_hash = "coin", "c" * 64
+
+    def embed(self, texts) -> np.ndarray:
+        out = np.array([rng("coin", t).standard_normal(64) for t in texts], dtype=np.float32).reshape(-1, 64)
+        return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+def plugin_of(name: str):
+    if name == "simulation/all_at_once":
+        return Simulation("all_at_once")
+    if name.endswith("/list"):
+        return plugins.find(ROOM, name.removesuffix("/list"))(mode="list")
+    return plugins.find(ROOM, name)()
+
+
+READERS = [n for n in plugins.names(ROOM) if getattr(plugins.find(ROOM, n), "uses_explanation", True)]
+READERS += ["simulation/all_at_once", "detection/list", "fuzzing/list"]
+WORD_BY_WORD = ("late_interaction", "simulation")
+"""These see a word at a time, whatever their judge knows."""
+CASES = [(name, latent) for name in READERS for latent in GOLD if latent == "WORDS" or name not in WORD_BY_WORD]
+HEADLINES = {"auc": 0.5, "balanced_accuracy": 0.5, "pearson": 0.0}
+
+
+def scored(name: str, latent: str, answer, embedder) -> list[dict[str, float | None]]:
+    client = CachedClient(ScriptedClient(answer, tokenizer=TOKENIZER))
+    ctx = ScoreContext(client=client, embedder=embedder, tokenizer=TOKENIZER)
+    results = plugin_of(name).score_many(jobs(latent), ctx)
+    return [{s.metric: s.value for s in r.scores if s.group == "" and s.metric in HEADLINES} for r in results]
+
+
+@pytest.mark.parametrize(("name", "latent"), CASES)
+def test_the_true_explanation_comes_first(name: str, latent: str) -> None:
+    true, *near = scored(name, latent, oracle, Knowing())
+    assert true
+    for metric, value in true.items():
+        assert value == pytest.approx(1.0), (metric, value)
+        for text, other in zip(list(GOLD[latent])[1:], near, strict=True):
+            assert other[metric] is None or other[metric] < value - 0.05, (metric, text, other[metric])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_coin_sits_at_the_floor(name: str) -> None:
+    """40 windows per explanation, 10 explanations: one standard error of the mean is at most 0.03 to 0.05."""
+    found = [row for latent in GOLD for row in scored(name, latent, coin, CoinVectors())]
+    for metric in found[0]:
+        values = [row[metric] for row in found if row[metric] is not None]
+        assert len(values) >= 6 and np.mean(values) == pytest.approx(HEADLINES[metric], abs=0.15), (metric, values)
