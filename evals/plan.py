@@ -88,7 +88,7 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
 
 def _train_line(cfg: RunConfig, d_in: int, speed: float) -> PlanLine:
     t = cfg.train
-    products = {"topk": 2.5, "relu": 5}
+    products = {"topk": 2.5, "batchtopk": 3.5, "matryoshka": 4, "jumprelu": 3.5, "relu": 5, "gated": 5}
     flops = sum(products.get(a, 5) * 2 * d_in * t.d_sae * t.train_tokens for a in cfg.architectures)
     detail = f"{', '.join(cfg.architectures)}; {t.d_sae:,} latents; {t.train_tokens:,} tokens each"
     disk = len(cfg.architectures) * 2 * d_in * t.d_sae * 4 / 1e9

@@ -11,6 +11,10 @@ from sae.config import FilterConfig, TokensConfig, TrainConfig, require, to_dict
 from sae.manifest import key_of
 
 RUN_VERSION = 1
+WITHOUT_K = ("relu", "gated")
+"""Architectures whose L0 is what a penalty leaves."""
+OPTIONS_OF = {"multi_topk": ("topk",), "l1_decoder_norm": ("relu",)}
+"""Options of TrainConfig that are for some architectures alone."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -57,11 +61,14 @@ class RunConfig:
         require(len(set(self.architectures)) == len(self.architectures), "an architecture is named twice")
 
     def train_configs(self) -> "list[TrainConfig]":
-        """One per architecture; they share everything but the architecture itself."""
-        return [
-            replace(self.train, architecture=name, k=self.train.k if name == "topk" else None, seed=self.seed)
-            for name in self.architectures
-        ]
+        """One per architecture; they share everything but the architecture itself and what is for others alone."""
+        plain, found = TrainConfig(), []
+        for name in self.architectures:
+            foreign = {field: getattr(plain, field) for field, users in OPTIONS_OF.items() if name not in users}
+            if name in WITHOUT_K:
+                foreign["k"] = None
+            found.append(replace(self.train, architecture=name, seed=self.seed, **foreign))
+        return found
 
     def tokens_config(self) -> TokensConfig:
         return replace(self.tokens, text=self.texts)

@@ -333,9 +333,13 @@ def step_loss(
     fired_F = torch.zeros(sae.d_sae, dtype=torch.bool, device=values_E.device)
     fired_F[entries.indices_E[values_E > state.fire_eps]] = True
     return StepLoss(
-        total=total, mse=mse.detach(), aux=aux.detach(), sparsity=sparsity.detach(),
+        total=total,
+        mse=mse.detach(),
+        aux=aux.detach(),
+        sparsity=sparsity.detach(),
         y_ND=y_ND.detach(),
-        fired_F=fired_F, l0=float((values_E > 0).sum()) / max(len(n_ND), 1),
+        fired_F=fired_F,
+        l0=float((values_E > 0).sum()) / max(len(n_ND), 1),
         v_e=float(losses.variance(residual_ND.detach())),
         aux_active=aux_active,
     )
@@ -357,9 +361,23 @@ def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
         k = min(max(1, round(active / len(x_sample_ND))), sae.d_sae)
     key = key_of("random_sae", RANDOM_SAE_VERSION, {"seed": seed, "k": k}, {"sae": sae.sae_id})
     cfg = replace(
-        sae.cfg, architecture="topk", activation="topk", k=k, decoder_unit_norm=True, apply_b_dec_to_input=True,
-        sae_id=f"baseline.random_sae.{key[:8]}", train=None, train_tokens=0, train_steps=0, seed=seed, weights="raw",
-        weights_dtype="float32", group_sizes=None, threshold_source=None, source=None, extra={"like": sae.sae_id},
+        sae.cfg,
+        architecture="topk",
+        activation="topk",
+        k=k,
+        decoder_unit_norm=True,
+        apply_b_dec_to_input=True,
+        sae_id=f"baseline.random_sae.{key[:8]}",
+        train=None,
+        train_tokens=0,
+        train_steps=0,
+        seed=seed,
+        weights="raw",
+        weights_dtype="float32",
+        group_sizes=None,
+        threshold_source=None,
+        source=None,
+        extra={"like": sae.sae_id},
     )
     found: SAE = find("sae.architectures", "topk")(cfg)
     found.to(sae.W_dec_FD)

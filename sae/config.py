@@ -135,9 +135,15 @@ class TrainConfig:
     d_sae: int = 4_608
     """Number of latents."""
     k: int | None = 32
-    """Active latents per token (topk); ignored by relu."""
+    """Active latents per token (topk), their mean (batchtopk, matryoshka) or aim (jumprelu); not for relu, gated."""
+    multi_topk: bool = False
+    """topk: add an eighth of the loss at 4 k, so that the SAE serves any number of latents up to 4 k."""
     l1: float = 0.2
-    """Sparsity coefficient (relu), in units of the normalised loss."""
+    """Sparsity coefficient (relu, gated), in units of the normalised loss."""
+    l1_decoder_norm: bool = False
+    """relu: decoder rows are free and their lengths weight the penalty; they are made unit when the SAE is saved."""
+    l0_weight: float = 1.0
+    """Weight of (L0 / k - 1)^2 (jumprelu)."""
     lr: float = 1e-3
     """Adam learning rate."""
     lr_warmup_steps: int = 20
@@ -151,20 +157,31 @@ class TrainConfig:
     input_norm: Literal["layer_norm", "none"] = "layer_norm"
     """Per-token input normalisation (TRAINING 2)."""
     aux_alpha: float = 1 / 32
-    """Weight of the auxiliary loss on dead latents (topk)."""
+    """Weight of the auxiliary loss on dead latents (all but relu)."""
     aux_k: int = 256
     """Dead latents used by the auxiliary loss."""
     dead_tokens: int = 131_072
     """A latent silent for this many tokens counts as dead."""
     adam_eps: float = 6.25e-10
     seed: int = 0
+    lr_law: Literal["fixed", "sqrt_width"] = "fixed"
+    """sqrt_width: lr holds at 16,384 latents, others take lr * sqrt(16,384 / d_sae); the paper's law has lr 2e-4."""
+    grad_clip: float | None = None
+    """Largest global norm of the gradient; none: no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights, which are then what is saved (the paper: 0.999); 0: no average."""
 
     def __post_init__(self) -> None:
+        require(self.grad_clip is None or self.grad_clip > 0, f"grad_clip must be positive, got {self.grad_clip}")
+        require(0 <= self.ema_decay < 1, f"ema_decay must lie in 0..1 (1 excluded), got {self.ema_decay}")
         require(self.d_sae >= 1, f"d_sae must be positive, got {self.d_sae}")
         require(self.k is None or 1 <= self.k <= self.d_sae, f"k must lie in 1..d_sae ({self.d_sae}), got {self.k}")
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
         require(0 <= self.lr_decay_share <= 1, f"lr_decay_share must lie in 0..1, got {self.lr_decay_share}")
         require(self.l1 >= 0, f"l1 must not be negative, got {self.l1}")
+        require(self.l0_weight >= 0, f"l0_weight must not be negative, got {self.l0_weight}")
+        if self.multi_topk and self.architecture == "topk" and self.k is not None:
+            require(4 * self.k <= self.d_sae, f"multi_topk needs 4 k latents, got k {self.k}, d_sae {self.d_sae}")
         require(self.aux_k >= 1 and self.aux_alpha >= 0, "aux_k must be at least 1 and aux_alpha must not be negative")
         require(self.batch_tokens >= 1, f"batch_tokens must be positive, got {self.batch_tokens}")
         require(self.train_tokens >= self.batch_tokens, "train_tokens must be at least one batch")
@@ -218,12 +235,13 @@ class SAEConfig:
     format_version: int = 1
     architecture: str
     """How it was trained."""
-    activation: Literal["relu", "topk"]
+    activation: Literal["relu", "topk", "threshold", "gated"]
     """How it is run."""
     d_in: int
     d_out: int
     d_sae: int
     k: int | None
+    """Active latents per token (topk), their mean (batchtopk, matryoshka), the aim of training (jumprelu) or null."""
     apply_b_dec_to_input: bool
     input_norm: InputNorm
     decoder_unit_norm: bool
@@ -233,6 +251,10 @@ class SAEConfig:
     train_tokens: int | None
     train_steps: int | None
     seed: int | None
+    group_sizes: tuple[int, ...] | None = None
+    """matryoshka: latents of each group, in order; their sum is d_sae."""
+    threshold_source: dict[str, Any] | None = None
+    """Where thresholds come from: kind (learned, calibrated, imported), tokens and l0 it was measured on (or null)."""
     weights: Literal["raw", "ema"] = "raw"
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     train: dict[str, Any] | None = None
@@ -247,4 +269,9 @@ class SAEConfig:
         require(
             self.activation != "topk" or (self.k is not None and 1 <= self.k <= self.d_sae),
             f"a topk SAE needs k in 1..{self.d_sae}, got {self.k}",
+        )
+        sizes = self.group_sizes
+        require(
+            sizes is None or (min(sizes, default=0) >= 1 and sum(sizes) == self.d_sae),
+            f"group_sizes must be positive and add up to d_sae {self.d_sae}, got {sizes}",
         )

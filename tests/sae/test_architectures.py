@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from dense_reference import dense_loss
 from planted import planted
-from torch import Tensor
 
 from sae import checkpoint, losses, metrics, optim
 from sae.base import SAE, TrainState
@@ -26,22 +26,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", [*names(PACKAGE), *metafunc.config.getoption("--plugin")])
 
 
-def config(name: str, **changes: Any) -> SAEConfig:
-    activation = find(PACKAGE, name).activation
+OPTIONS = {"topk": "multi_topk", "relu": "l1_decoder_norm"}
+"""An option that changes the loss of an architecture."""
+
+
+def config(name: str, options: dict[str, Any] | None = None, **changes: Any) -> SAEConfig:
+    train = TrainConfig(architecture=name, d_sae=F, k=K, **(options or {}))
     fields: dict[str, Any] = {
-        "architecture": name, "activation": activation, "d_in": D, "d_out": D, "d_sae": F,
-        "k": K if activation == "topk" else None, "apply_b_dec_to_input": True,
-        "input_norm": InputNorm(kind="layer_norm"), "decoder_unit_norm": True, "sae_id": f"tiny.{name}", "meta": None,
+        "architecture": name, "d_in": D, "d_out": D, "d_sae": F, "apply_b_dec_to_input": True,
+        "input_norm": InputNorm(kind="layer_norm"), "sae_id": f"tiny.{name}", "meta": None,
         "train_tokens": 0, "train_steps": 0, "seed": 0,
     }  # fmt: skip
-    return SAEConfig(**(fields | changes))
+    return SAEConfig(**(fields | find(PACKAGE, name).cfg_fields(train) | changes))
 
 
 X_ND = planted(n=3_000, d=D, g=16, l0=2).x_ND
 
 
-def make(name: str, **changes: Any) -> SAE:
-    sae: SAE = find(PACKAGE, name)(config(name, **changes))
+def make(name: str, options: dict[str, Any] | None = None, **changes: Any) -> SAE:
+    sae: SAE = find(PACKAGE, name)(config(name, options, **changes))
     sae.initialise(sae.normalise(X_ND)[0], 0)
     return sae
 
@@ -56,28 +59,8 @@ def state_of(sae: SAE, **changes: Any) -> TrainState:
     )  # fmt: skip
 
 
-def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(loss, z_NF) by plain autograd over N x F, from the definitions of TRAINING 3 and 5."""
-    h = (n - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F
-    if sae.activation == "topk":
-        kept = torch.topk(h, K, dim=1).indices
-        z = (h * torch.zeros_like(h).scatter(1, kept, 1.0)).relu()
-    else:
-        z = h.relu()
-    y = z @ sae.W_dec_FD + sae.b_dec_D
-    loss = (n - y).square().sum(1).mean() / state.v0
-    if sae.cfg.architecture == "relu":
-        loss = loss + state.sparsity_ramp * state.cfg.l1 * z.sum(1).mean() / state.input_rms_norm
-    if dead is not None:
-        top = torch.topk(torch.where(dead, h, -torch.inf), min(state.cfg.aux_k, int(dead.sum())), dim=1)
-        z_aux = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
-        error = (n - y).detach()
-        loss = loss + state.cfg.aux_alpha * (z_aux @ sae.W_dec_FD - error).square().sum(1).mean() / state.v_e
-    return loss, z
-
-
 def test_there_are_architectures() -> None:
-    assert {"relu", "topk"} <= set(names(PACKAGE))
+    assert {"batchtopk", "gated", "jumprelu", "matryoshka", "relu", "topk"} <= set(names(PACKAGE))
 
 
 def test_codes_are_the_same_sparse_and_dense_and_never_negative(name: str) -> None:
@@ -89,7 +72,7 @@ def test_codes_are_the_same_sparse_and_dense_and_never_negative(name: str) -> No
     assert float((z > 0).sum()) == float((latents.values_NK > 0).sum()) > 0
     torch.testing.assert_close(sae.decode(latents, X_ND), sae.decode(z, X_ND))
     torch.testing.assert_close(sae(X_ND), sae.decode(z, X_ND))
-    assert sae.cfg.k is None or latents.values_NK.shape[1] == K
+    assert sae.activation != "topk" or latents.values_NK.shape[1] == K
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -120,19 +103,34 @@ def test_the_start_is_a_function_of_the_seed(name: str) -> None:
     assert fvu is not None and fvu < 1.0, "the scaled start is better than the mean"
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.5], ids=["generic", "few positive"])
 @pytest.mark.parametrize("dead_share", [0.0, 0.3, 1.0])
-def test_the_gradient_of_the_loss_equals_dense_autograd(name: str, dead_share: float) -> None:
+@pytest.mark.parametrize("with_option", [False, True], ids=["", "option"])
+def test_the_gradient_of_the_loss_equals_dense_autograd(
+    name: str, with_option: bool, dead_share: float, shift: float
+) -> None:
     """float64, every parameter, with the auxiliary loss where the architecture has one."""
-    sae = make(name).double()
+    if with_option and name not in OPTIONS:
+        pytest.skip("no option")
+    options = {OPTIONS[name]: True} if with_option else {}
+    sae = make(name, options).double()
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        sae.b_enc_F.add_(0.02 * torch.randn(F, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
-    state = state_of(sae, aux_alpha=0.5, l1=0.3)
+        for key, parameter in sae.named_parameters():
+            if key.endswith("_F"):  # biases, scales and thresholds differ from latent to latent
+                parameter.add_(0.02 * torch.randn(F, generator=generator, dtype=torch.float64))
+        sae.b_enc_F.add_(shift)
+        if with_option and name == "relu":
+            sae.W_dec_FD.mul_(torch.rand(F, 1, generator=generator, dtype=torch.float64) + 0.5)
+        if name == "jumprelu":
+            sae.bandwidth.fill_(0.8)  # or too few entries lie in the window
+    state = state_of(sae, architecture=name, aux_alpha=0.5, l1=0.3, **options)
     state.tokens, state.v_e, state.sparsity_ramp = 10**9, 0.7, 0.4
     state.last_fired_tokens_F[round(dead_share * F) :] = state.tokens
     reference, n = copy.deepcopy(sae), sae.normalise(X_ND[:50].double())[0]
     found = sae.training_loss(n, state)
     has_aux = float(found.aux) > 0
-    assert has_aux == (sae.activation == "topk" and dead_share > 0)
+    assert has_aux == (name != "relu" and dead_share > 0)
     want, z = dense_loss(reference, n, state, state.dead_F if has_aux else None)
     assert float(found.total.detach()) == pytest.approx(float(want.detach()), rel=1e-12)
     assert float(found.mse + found.aux + found.sparsity) == pytest.approx(float(found.total.detach()), rel=1e-12)
@@ -142,11 +140,12 @@ def test_the_gradient_of_the_loss_equals_dense_autograd(name: str, dead_share: f
     for (key, p), q in zip(sae.named_parameters(), reference.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert float((p.grad - q.grad).abs().max()) <= 1e-10 * max(1.0, float(q.grad.abs().max())), key
+        assert float(q.grad.abs().max()) > 0 or shift != 0, f"the case says nothing about {key}"
 
 
 def test_the_auxiliary_loss_teaches_the_encoder_of_the_dead(name: str) -> None:
     sae = make(name)
-    if sae.activation != "topk":
+    if name == "relu":
         pytest.skip("no auxiliary loss")
     state = state_of(sae, aux_alpha=1.0)
     state.tokens, state.v_e = 10**9, 0.5
@@ -156,6 +155,8 @@ def test_the_auxiliary_loss_teaches_the_encoder_of_the_dead(name: str) -> None:
     with torch.no_grad():
         sae.b_enc_F[dead] = -1e-3
         sae.W_enc_FD[dead] *= 0.01  # too weak to be selected, positive on some token
+        if name == "gated":
+            sae.b_mag_F[dead] = -1.0  # open gates that let nothing through
     n = sae.normalise(X_ND[:64])[0]
     latents = sae.encode_sparse(X_ND[:64])
     assert not bool(dead[latents.indices_NK[latents.values_NK > 0]].any()), "the main loss does not reach them"

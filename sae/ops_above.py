@@ -1,0 +1,187 @@
+"""Codes whose width is free, in plain torch: latents above a threshold, the largest of a whole batch, JumpReLU.
+
+Shapes: N tokens, D = d_in, F = d_sae, E entries (:class:`sae.ops.Entries`). As in :mod:`sae.ops` pre-activations are
+made in blocks and never stored for all tokens, and every gradient visits entries only.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sae.ops import Entries, _blocks, _centred, _encoder_gradients
+
+LOWER_BAR = 0.5
+"""Factor on a bar that left too few candidates."""
+
+
+def above(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float) -> Entries:
+    """Entries of ``u @ W_enc.T + b_enc`` above ``bar`` (a number, or one per latent), in the order (token, latent)."""
+    n_latents = len(W_enc_FD)
+    values, indices, counts = [u_ND.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=u_ND.device)], []
+    for h_nF, _ in _blocks(u_ND, W_enc_FD, b_enc_F):
+        flat_e = (h_nF > bar).view(-1).nonzero().squeeze(1)
+        starts = torch.arange(len(h_nF) + 1, device=u_ND.device) * n_latents
+        counts.append(torch.searchsorted(flat_e, starts).diff())
+        values.append(h_nF.view(-1)[flat_e])
+        indices.append(flat_e % n_latents)
+    offsets_N1 = torch.zeros(len(u_ND) + 1, dtype=torch.int64, device=u_ND.device)
+    if counts:
+        torch.cumsum(torch.cat(counts), 0, out=offsets_N1[1:])
+    return Entries(torch.cat(values), torch.cat(indices), offsets_N1)
+
+
+def kept(entries: Entries, keep_E: Tensor) -> Entries:
+    """The entries of a bool mask, in their order. Differentiable in the values."""
+    picked_e = keep_E.nonzero().squeeze(1)
+    offsets_N1 = torch.searchsorted(picked_e, entries.offsets_N1)
+    return Entries(entries.values_E[picked_e], entries.indices_E[picked_e], offsets_N1)
+
+
+def largest_mask(values_E: Tensor, count: int) -> tuple[Tensor, float]:
+    """(bool mask of the ``count`` largest, the smallest of them); of equal values the earlier ones are taken.
+
+    All are taken where there are no more than ``count``; their smallest value is then 0.
+    """
+    if len(values_E) <= count:
+        return torch.ones_like(values_E, dtype=torch.bool), 0.0
+    last = values_E.kthvalue(len(values_E) - count + 1).values
+    larger_E, equal_E = values_E > last, values_E == last
+    room = count - larger_E.sum()
+    return larger_E | (equal_E & (equal_E.cumsum(0) <= room)), float(last)
+
+
+def mask_of_latents(entries: Entries, first: int, last: int) -> Tensor:
+    """bool per entry: its latent lies in ``first..last`` (last excluded)."""
+    return (entries.indices_E >= first) & (entries.indices_E < last)
+
+
+class _EncodeAbove(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        u_ND = _centred(n_ND, b_pre_D)
+        found = above(u_ND, W_enc_FD, b_enc_F, bar)
+        ctx.save_for_backward(u_ND, W_enc_FD, found.indices_E, found.offsets_N1)
+        ctx.mark_non_differentiable(found.indices_E, found.offsets_N1)
+        return tuple(found)  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_E: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        u_ND, W_enc_FD, indices_E, offsets_N1 = ctx.saved_tensors
+        entries = (indices_E, offsets_N1)
+        return *_encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD), None
+
+
+def encode_above(
+    n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, threshold_F: Tensor
+) -> Entries:
+    """Pre-activations above ``max(threshold, 0)`` of their latent (FORMATS 1, ``threshold``); differentiable in all
+    tensors but the thresholds."""
+    bar_F = threshold_F.detach().clamp_min(0)
+    return Entries(*_EncodeAbove.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, bar_F))
+
+
+class _EncodeBatchTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, count: int, bar: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        u_ND = _centred(n_ND, b_pre_D)
+        lowered = (max(bar, 0.0), max(bar * LOWER_BAR, 0.0), 0.0)
+        for tried in lowered:
+            candidates = above(u_ND, W_enc_FD, b_enc_F, tried)
+            if len(candidates.values_E) >= count or tried == 0.0:
+                break
+        keep_E, theta = largest_mask(candidates.values_E, count)
+        found = kept(candidates, keep_E)
+        ctx.save_for_backward(u_ND, W_enc_FD, found.indices_E, found.offsets_N1)
+        theta_ = torch.tensor(theta)
+        ctx.mark_non_differentiable(found.indices_E, found.offsets_N1, theta_)
+        return *found, theta_  # type: ignore[return-value]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_E: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        u_ND, W_enc_FD, indices_E, offsets_N1 = ctx.saved_tensors
+        entries = (indices_E, offsets_N1)
+        return *_encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD), None, None
+
+
+class BatchCode(NamedTuple):
+    """Result of :func:`encode_batchtopk`."""
+
+    entries: Entries
+    theta: float
+    """The smallest kept value; 0 where fewer than K N values are positive."""
+
+
+def encode_batchtopk(
+    n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, *, bar: float = 0.0
+) -> BatchCode:
+    """The K N largest positive pre-activations of the batch (Bussmann et al., arXiv 2412.06410, eq. 5); ties by
+    (token, latent). Differentiable in all tensors. ``ValueError`` unless 1 <= k <= F.
+
+    ``bar``: what the K N-th is expected not to be below. It changes the time alone: too high a bar is found out, by the
+    number of candidates, and lowered.
+    """
+    if not 1 <= k <= len(W_enc_FD):
+        raise ValueError(f"k must lie in 1..{len(W_enc_FD)}, got {k}")
+    *entries, theta = _EncodeBatchTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k * len(n_ND), bar)
+    return BatchCode(Entries(*entries), float(theta))
+
+
+class _EncodeJump(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, theta_F: Tensor, width: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        u_ND = _centred(n_ND, b_pre_D)
+        near = above(u_ND, W_enc_FD, b_enc_F, theta_F - width / 2)
+        excess_E = near.values_E - theta_F[near.indices_E]
+        active_E = excess_E > 0
+        l0 = active_E.sum().to(n_ND.dtype) / max(len(n_ND), 1)
+        ctx.save_for_backward(
+            u_ND, W_enc_FD, near.indices_E, near.offsets_N1, active_E, excess_E.abs() < width / 2, theta_F
+        )
+        ctx.width = width
+        ctx.mark_non_differentiable(near.indices_E, near.offsets_N1)
+        return torch.where(active_E, near.values_E, 0.0), near.indices_E, near.offsets_N1, l0
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_E: Tensor, _i: Tensor, _o: Tensor, grad_l0: Tensor) -> tuple[Tensor | None, ...]:
+        u_ND, W_enc_FD, indices_E, offsets_N1, active_E, inside_E, theta_F = ctx.saved_tensors
+        at_theta_E = grad_E * theta_F[indices_E] + grad_l0 / max(len(u_ND), 1)
+        grad_theta_F = torch.zeros_like(theta_F)
+        grad_theta_F.index_add_(0, indices_E, torch.where(inside_E, at_theta_E, 0.0) / -ctx.width)
+        entries = (indices_E, offsets_N1)
+        grad_h_E = torch.where(active_E, grad_E, 0.0)
+        return *_encoder_gradients(ctx.needs_input_grad, grad_h_E, entries, u_ND, W_enc_FD), grad_theta_F, None
+
+
+class JumpCode(NamedTuple):
+    """Result of :func:`encode_jump`."""
+
+    entries: Entries
+    """Latents above their threshold, and those just below it as empty slots (value 0)."""
+    l0: Tensor
+    """Scalar: mean latents above their threshold per token, differentiable in the thresholds."""
+
+
+def encode_jump(
+    n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, theta_F: Tensor, width: float
+) -> JumpCode:
+    """JumpReLU code ``z = h H(h - theta)`` and its L0, with straight-through gradients of the thresholds.
+
+    Rajamanoharan et al., arXiv 2407.14435, eqs. 11 and 12, for a rectangle R (1 on -1/2..1/2) of ``width`` epsilon:
+    ``dz/dtheta = -(theta/eps) R((h - theta)/eps)``, ``dH/dtheta = -(1/eps) R((h - theta)/eps)``; the pre-activation
+    gets the gradient of an active latent and none from H. ``ValueError`` unless width > 0; thresholds at least 0.
+    """
+    if not width > 0:
+        raise ValueError(f"the width of the straight-through window must be positive, got {width}")
+    *entries, l0 = _EncodeJump.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, theta_F, width)
+    return JumpCode(Entries(*entries), l0)
