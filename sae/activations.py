@@ -102,15 +102,20 @@ class ActivationStore:
         index = torch.as_tensor(np.asarray(flat, dtype=np.int64))
         return self._acts.index_select(0, index).to(torch.float32)
 
-    def batches(self, batch_tokens: int, *, seed: int, epochs: int) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    def batches(
+        self, batch_tokens: int, *, seed: int, epochs: int, first: int = 0
+    ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """(x_ND float32, flat indices), every kept token once per epoch in a permutation of (seed, epoch).
 
-        The whole store is shuffled, not a window of it. The last, short batch of an epoch is left out.
+        The whole store is shuffled, not a window of it. The last, short batch of an epoch is left out. ``first``: the
+        batch to begin with, without reading those before.
         """
         kept = self.kept_N
-        for epoch in range(epochs):
+        per_epoch = len(kept) // batch_tokens
+        for epoch in range(first // per_epoch if per_epoch else 0, epochs):
             order = rng(seed, "batches", epoch).permutation(len(kept))
-            for start in range(0, len(kept) - batch_tokens + 1, batch_tokens):
+            for batch in range(max(0, first - epoch * per_epoch), per_epoch):
+                start = batch * batch_tokens
                 flat = kept[order[start : start + batch_tokens]]
                 yield self.read(flat), flat
 

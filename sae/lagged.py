@@ -41,3 +41,14 @@ class Lagged:
                 done.synchronize()
             found.append((step, host.tolist()))
         return found
+
+    def pending(self) -> list[tuple[int, list[float]]]:
+        """(step, figures) of all pushes not read yet, oldest first; they stay in the queue. Waits for the device."""
+        for _, _, done in self._queue:
+            if done is not None:
+                done.synchronize()
+        return [(step, host.tolist()) for step, host, _ in self._queue]
+
+    def refill(self, figures: list[tuple[int, list[float]]]) -> None:
+        """Put back what :meth:`pending` gave, in place of what is queued."""
+        self._queue = deque((step, torch.tensor(values, dtype=torch.float64), None) for step, values in figures)

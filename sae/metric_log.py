@@ -24,6 +24,18 @@ class MetricLog:
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
 
+    def restore(self, text: str) -> None:
+        """Replace everything written so far: the log as it was at the step that training goes on from."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+
+    def text(self) -> str:
+        """Everything written so far."""
+        self._file.flush()
+        return self.path.read_text(encoding="utf-8")
+
     def close(self) -> None:
         self._file.close()
 

@@ -3,6 +3,8 @@
 Shapes: N tokens, D = d_in, F = d_sae.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,56 @@ def project_gradient_(grad_FD: Tensor, W_FD: Tensor) -> Tensor:
     return grad_FD.addcmul_(W_FD, along_F1, value=-1.0)
 
 
-def adam(parameters: list[torch.nn.Parameter], cfg: TrainConfig) -> torch.optim.Adam:
-    """Fused Adam, betas (0.9, 0.999), no weight decay (TRAINING 7)."""
+def adam(parameters: list[torch.nn.Parameter] | list[dict[str, Any]], cfg: TrainConfig) -> torch.optim.Adam:
+    """Fused Adam, betas (0.9, 0.999), no weight decay (TRAINING 7). ``parameters``: a list, or groups as torch's; what
+    a group says of ``lr_scale`` is for the training loop, which sets every group's rate at every step."""
     return torch.optim.Adam(parameters, lr=cfg.lr, betas=(0.9, 0.999), eps=cfg.adam_eps, fused=True)
+
+
+LAW_WIDTH = 2**14
+"""Width at which both learning-rate laws give ``lr``."""
+
+
+def full_rate(cfg: TrainConfig) -> float:
+    """``lr``, or under ``sqrt_width`` ``lr * sqrt(2^14 / d_sae)``: the slope of Gao et al. (arXiv 2406.04093), whose
+    law is 2e-4 at 16,384 latents (TRAINING 7)."""
+    return cfg.lr * (LAW_WIDTH / cfg.d_sae) ** 0.5 if cfg.lr_law == "sqrt_width" else cfg.lr
+
+
+@torch.no_grad()
+def clip_gradients_(parameters: list[torch.nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most ``limit``; returns the norm before, on the device.
+
+    ``limit / norm`` exactly where it clips, 1 elsewhere (torch's own adds 1e-6 to the norm); no host sync.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+    torch._foreach_mul_(gradients, torch.where(norm > limit, limit / norm, torch.ones_like(norm)))
+    return norm
+
+
+class Average:
+    """Exponential moving average of parameters, started at 0 and bias-corrected (TRAINING 7): the weights of step i
+    count ``(1 - d) d^(n - i) / (1 - d^n)`` after n steps. To be updated after the step and the unit rows (TRAINING 6,
+    step 9; OpenAI's code averages before the optimiser, one step late)."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.n_steps = 0
+        self.mean: dict[str, Tensor] = {name: torch.zeros_like(p.detach()) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Take in the parameters of one step; the names are those given at the start."""
+        self.n_steps += 1
+        current = [parameters[name].detach() for name in self.mean]
+        torch._foreach_lerp_(list(self.mean.values()), current, 1.0 - self.decay)
+
+    def corrected(self) -> dict[str, Tensor]:
+        """The averages. ``ValueError`` before the first step."""
+        if self.n_steps == 0:
+            raise ValueError("an average of no step")
+        return {name: mean / (1.0 - self.decay**self.n_steps) for name, mean in self.mean.items()}
 
 
 def lr_factor(step: int, n_steps: int, warmup_steps: int, decay_share: float) -> float:

@@ -39,11 +39,12 @@ class PlantedStore:
     def read(self, flat: Any) -> Tensor:
         return self.x_ND[torch.as_tensor(np.asarray(flat))]
 
-    def batches(self, batch_tokens: int, *, seed: int, epochs: int) -> Iterator[tuple[Tensor, Any]]:
-        for epoch in range(epochs):
+    def batches(self, batch_tokens: int, *, seed: int, epochs: int, first: int = 0) -> Iterator[tuple[Tensor, Any]]:
+        per_epoch = len(self.x_ND) // batch_tokens
+        for epoch in range(first // per_epoch, epochs):
             order = rng("planted-store", seed, epoch).permutation(len(self.x_ND))
-            for start in range(0, len(order) - batch_tokens + 1, batch_tokens):
-                flat = order[start : start + batch_tokens]
+            for batch in range(max(0, first - epoch * per_epoch), per_epoch):
+                flat = order[batch * batch_tokens : (batch + 1) * batch_tokens]
                 yield self.read(flat), flat
 
 
