@@ -28,11 +28,12 @@ class ThresholdSAE(SAE):
     latent_scaled: ClassVar[tuple[str, ...]] = ("threshold_F",)
     threshold_F: Tensor
 
-    def __init__(self, cfg: SAEConfig) -> None:
-        super().__init__(cfg)
-        if cfg.k is None:
-            raise ConfigError(f"architecture {cfg.architecture!r} needs k, the mean number of active latents")
-        self.k: int = cfg.k
+    @property
+    def k(self) -> int:
+        """Mean number of active latents that training asks for; ``ConfigError`` for an import that does not say."""
+        if self.cfg.k is None:
+            raise ConfigError(f"architecture {self.cfg.architecture!r} needs k, the mean number of active latents")
+        return self.cfg.k
 
     @classmethod
     def tensor_shapes(cls, cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
