@@ -9,7 +9,7 @@ from typing import Any
 _PUBLIC = {
     "SAE": "sae.base",
     "SparseLatents": "sae.base",
-    "load": "sae.checkpoint",
+    "load": "sae.loading",
     "save": "sae.checkpoint",
     "LanguageModel": "sae.language_model",
 }

@@ -1,0 +1,121 @@
+"""Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors`` + ``config.json``); import only (FORMATS 5.5, 5.6).
+
+JumpReLU without pre-bias and without input norm. The first generation has no configuration: widths come from the
+tensors, layer, site and published L0 from the folders, never the other way round.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae.config import InputNorm
+from sae.errors import ArtefactError, ConfigError, Unsupported
+from sae.hook_names import place
+from sae.portable import ImportOptions, Portable, shaped, take
+from sae.safe_files import npz_names, read_json, read_npz, read_safetensors, safetensor_shapes
+
+NPZ, WEIGHTS, CFG = "params.npz", "params.safetensors", "config.json"
+_TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+_SITES = {"res": "resid_post", "resid_post": "resid_post", "mlp": "mlp_out", "mlp_out": "mlp_out", "att": "hook_z"}
+
+
+class GemmaScope:
+    """Reader of both generations."""
+
+    title = "Gemma Scope (params.npz, or params.safetensors + config.json)"
+
+    def recognises(self, path: Path) -> bool:
+        file = _file(path)
+        try:
+            if file is None:
+                return False
+            found = npz_names(file) if file.suffix == ".npz" else list(safetensor_shapes(file))
+        except (ArtefactError, Unsupported):
+            return file is not None and file.name in (NPZ, WEIGHTS)
+        return {name.lower() for name in found} >= {"w_enc", "w_dec", "threshold"}
+
+    def read(self, path: Path, options: ImportOptions) -> Portable:
+        file = _file(path)
+        if file is None:
+            raise ArtefactError(f"{path} holds no {NPZ} or {WEIGHTS}")
+        raw = read_npz(file) if file.suffix == ".npz" else read_safetensors(file)
+        tensors = {name.lower(): tensor for name, tensor in raw.items()}
+        if len(tensors) != len(raw):
+            raise ArtefactError(f"{file} holds the same name in two spellings: {sorted(raw)}")
+        take(file, tensors, _TENSORS, ["affine_skip_connection"])
+        encoder, decoder = tensors["w_enc"], tensors["w_dec"]
+        if decoder.dim() == 3:
+            raise Unsupported(f"{file} is a layer of a cross-layer transcoder {tuple(decoder.shape)}; it cannot be run")
+        if encoder.dim() != 2:
+            raise ArtefactError(f"{file}: w_enc is no matrix; expected [D, F]")
+        d_in, d_sae = encoder.shape
+        cfg = _config(file)
+        where = _place(file, cfg)
+        transcoder = bool(where.pop("transcoder")) or "affine_skip_connection" in tensors
+        d_out = int(decoder.shape[-1]) if transcoder else d_in
+        skip = tensors.get("affine_skip_connection")
+        if skip is not None:
+            skip = shaped(file, "affine_skip_connection", skip, (d_in, d_out)).t()
+        return Portable(
+            format="gemmascope", where=str(path), architecture="jumprelu", activation="threshold", W_enc_FD=encoder.t(),
+            W_dec_FD=shaped(file, "w_dec", decoder, (d_sae, d_out)), b_enc_F=_vector(file, tensors, "b_enc", d_sae),
+            b_dec_D=_vector(file, tensors, "b_dec", d_out), threshold_F=_vector(file, tensors, "threshold", d_sae),
+            apply_b_dec_to_input=False, input_norm=InputNorm(kind="none"), gate_scale="none", k=None,
+            transcoder=transcoder, W_skip_DD=skip, **where,
+            files=(file, *([file.parent / CFG] if cfg else [])), extra={"gemmascope": cfg},
+        )  # fmt: skip
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_file():
+        return path if path.suffix in (".npz", ".safetensors") and path.name != "sae_weights.safetensors" else None
+    found = [path / name for name in (NPZ, WEIGHTS) if (path / name).is_file()]
+    return found[0] if found else None
+
+
+def _vector(file: Path, tensors: dict[str, Tensor], name: str, length: int) -> Tensor:
+    return shaped(file, name, tensors[name], (length,))
+
+
+def _config(file: Path) -> dict[str, Any]:
+    path = file.parent / CFG
+    if file.suffix == ".npz" or not path.is_file():
+        return {}
+    cfg = read_json(path)
+    architecture = cfg.get("architecture")
+    if architecture != "jump_relu":
+        raise ConfigError(f"{path}: architecture is {architecture!r}, expected 'jump_relu'")
+    return cfg
+
+
+def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """lm, hook, hookpoint and whether it is a transcoder: from the configuration, else from the folders."""
+    text = "/".join(part for part in file.parent.parts[-4:])
+    layer, l0 = re.search(r"layer_(\d+)", text), re.search(r"average_l0_(\d+)|_l0_(\w+)", text)
+    size = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)-(\w+)", text)
+    lm = None
+    if isinstance(cfg.get("model_name"), str):
+        lm = re.sub(r"-v3", "-3", cfg["model_name"])
+    elif size is not None:
+        lm = f"google/gemma-{'3' if size.group(1) else '2'}-{size.group(2)}" + ("-it" if size.group(3) == "it" else "")
+    name = size.group(4) if size is not None else file.parent.parent.name
+    hook = cfg.get("hf_hook_point_in") or f"{name} layer {layer.group(1) if layer else '?'}"
+    if l0:
+        hook = f"{hook} l0 {l0.group(1) or l0.group(2)}"
+    transcoder = "transcoder" in text or cfg.get("hf_hook_point_in") != cfg.get("hf_hook_point_out")
+    site = _SITES.get(name)
+    native = _module(cfg["hf_hook_point_in"]) if "hf_hook_point_in" in cfg else None
+    if native is None and site and layer and "hf_hook_point_in" not in cfg:
+        native = place(site, int(layer.group(1)), lm or "gemma")
+    return {"lm": lm, "hook": hook, "hookpoint": native, "transcoder": transcoder}
+
+
+def _module(hook: str) -> str | None:
+    """``model.layers.9.output`` -> ``layers.9``; ``...o_proj.input`` -> ``...o_proj:in``."""
+    found = re.fullmatch(r"(?:model\.)?(?:language_model\.)?(layers\.\d+(?:\.\w+)*)\.(input|output)", hook)
+    return None if found is None else found.group(1) + (":in" if found.group(2) == "input" else "")
+
+
+PLUGIN = GemmaScope()

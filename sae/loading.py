@@ -1,0 +1,106 @@
+"""``sae.load``: any SAE from a local path, native or foreign, recognised by its files; nothing is fetched or executed.
+
+Every import is run once against the naive forward pass of its own tensors (:mod:`sae.adapt`), so that a fault in a
+folding or in a mapping cannot pass silently.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from sae import adapt, checkpoint
+from sae.base import SAE
+from sae.config import to_dict
+from sae.errors import ArtefactError
+from sae.manifest import is_complete, key_of, writing
+from sae.plugins import find, names
+from sae.portable import Format, ImportOptions, Portable, check
+
+FORMATS = "sae.formats"
+NATIVE = "native"
+
+def recognise(path: Path) -> str:
+    """Name of the one format that the files at ``path`` have: ``native`` or a plug-in of ``sae/formats``.
+
+    ``ArtefactError``: nothing there, no format known, or several of them.
+    """
+    if not path.exists():
+        raise ArtefactError(
+            f"{path} does not exist; expected a local file or folder (an id on the Hugging Face hub must be downloaded "
+            "first: saescope fetches nothing on its own)"
+        )
+    found = [name for name in names(FORMATS) if plugin(name).recognises(path)]
+    if path.is_dir() and _is_native(path):
+        found.insert(0, NATIVE)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ArtefactError(f"{path} holds files of {' and of '.join(found)}; give each a folder, or name one file")
+    inside = sorted(p.name for p in path.iterdir())[:12] if path.is_dir() else [path.name]
+    known = "; ".join(plugin(name).title for name in names(FORMATS))
+    raise ArtefactError(f"{path} is no SAE of a known format: found {inside}; known are saescope's own folder, {known}")
+
+
+def plugin(name: str) -> Format:
+    """The format of this name; ``UnknownPlugin`` with near names."""
+    found: Format = find(FORMATS, name)
+    return found
+
+
+def _is_native(folder: Path) -> bool:
+    if (folder / checkpoint.REFERENCE).is_file():
+        return True
+    path = folder / checkpoint.CFG
+    text = path.read_text(errors="replace")[:65_536] if path.is_file() else ""
+    return re.search(r'"format"\s*:\s*"saescope"', text) is not None
+
+
+def read(path: Path, options: ImportOptions | None = None) -> Portable:
+    """The foreign SAE at ``path``, checked but not yet in our class."""
+    options = options or ImportOptions()
+    name = recognise(path)
+    if name == NATIVE:
+        return adapt.from_sae(checkpoint.load(path))
+    found = check(plugin(name).read(path, options), options)
+    if options.hookpoint is not None:
+        found = replace(found, hookpoint=options.hookpoint)
+    return found
+
+
+def load(path: str | Path, *, device: str = "cpu", options: ImportOptions | None = None) -> SAE:
+    """The SAE at a local path, whatever its format: weights in float32 without gradients, self-checked.
+
+    ``ArtefactError`` for files that are absent, damaged, of no or of several formats; ``ConfigError`` for a
+    configuration that contradicts the tensors; ``Unsupported`` for what saescope cannot run or refuses to read;
+    ``CheckpointMismatch`` where codes or reconstructions are not those of the file's own recipe.
+    """
+    path = Path(path)
+    if recognise(path) == NATIVE:
+        return checkpoint.load(path, device=device)
+    found = read(path, options)
+    sae = adapt.to_sae(found)
+    adapt.self_check(sae, found)
+    return sae.to(device)
+
+
+def import_into(root: Path, path: Path, options: ImportOptions | None = None) -> Path:
+    """The native folder of the SAE at ``path``: itself if native, else ``root/saes/<sae_id>/``, written once.
+
+    The reference sample is :func:`sae.adapt.sample_inputs`, as no language model is at hand; the manifest says so.
+    """
+    if recognise(path) == NATIVE:
+        return path
+    found = read(path, options)
+    sae = adapt.to_sae(found)
+    folder = root / "saes" / sae.sae_id
+    if is_complete(folder):
+        return folder
+    result = adapt.self_check(sae, found)
+    inputs = {name: str(sha) for name, sha in (sae.cfg.source or {})["files"].items()}
+    key = key_of("saes", adapt.IMPORT_VERSION, to_dict(sae.cfg), inputs)
+    with writing(
+        folder, kind="saes", key=key, stage_version=adapt.IMPORT_VERSION, config=to_dict(sae.cfg), inputs=inputs
+    ) as out:
+        checkpoint.save(sae, out.path, adapt.sample_inputs(found))
+        out.counts.update({"sae_id": sae.sae_id, "reference": "synthetic inputs", "self_check": result._asdict()})
+    return folder

@@ -1,0 +1,79 @@
+"""What other libraries wrote and computed, read and computed by saescope: indices equal, values to 1e-5.
+
+The files under ``goldens/`` were made by the libraries themselves (``make interop``); none is needed here.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae import loading
+from sae.errors import Unsupported
+from sae.plugins import names
+from sae.portable import ImportOptions, naive_forward
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = sorted(p.parent for p in GOLDENS.glob("*/*/golden.safetensors"))
+UNCALIBRATED = ImportOptions(activation="topk")
+
+
+def options(case: Path) -> ImportOptions:
+    return UNCALIBRATED if case.name == "batchtopk_uncalibrated" else ImportOptions()
+
+
+def name(case: Path) -> str:
+    return f"{case.parent.name}/{case.name}"
+
+
+def runnable(case: Path) -> bool:
+    p = loading.read(case, options(case))
+    return p.architecture in names("sae.architectures") and not p.transcoder
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    error = float(torch.linalg.vector_norm(got.double() - want.double()) / torch.linalg.vector_norm(want.double()))
+    assert error <= 1e-5, error
+
+
+def test_there_are_goldens_of_every_library():
+    assert {c.parent.name for c in CASES} >= {"saelens", "dictionary_learning", "sparsify"} and len(CASES) >= 30
+    size = sum(p.stat().st_size for p in GOLDENS.rglob("*") if p.is_file())
+    assert size < 1_000_000
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_the_recipe_is_that_of_the_library(case: Path):
+    """The naive forward pass of what was read, straight from the tensors, without any class of ours."""
+    golden = load_file(case / "golden.safetensors")
+    p = loading.read(case, options(case))
+    found = naive_forward(p, golden["x_ND"])
+    z_NF = torch.from_numpy(found.z_NF)
+    if p.gate_scale == "decoder_norm":
+        z_NF = z_NF * torch.linalg.vector_norm(p.W_dec_FD.double(), dim=1)  # SAELens shows the gated values
+    assert torch.equal(z_NF != 0, golden["z_NF"] != 0)
+    close(z_NF, golden["z_NF"])
+    close(torch.from_numpy(found.x_hat_ND), golden["x_hat_ND"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_our_class_gives_the_same(case: Path):
+    golden = load_file(case / "golden.safetensors")
+    if not runnable(case):
+        with pytest.raises(Unsupported, match="transcoder|no such architecture"):
+            loading.load(case, options=options(case))
+        return
+    sae = loading.load(case, options=options(case))
+    z_NF, want_NF = sae.encode(golden["x_ND"]), golden["z_NF"]
+    assert torch.equal(z_NF != 0, want_NF != 0)
+    assert int((want_NF != 0).sum()) > 0
+    close(z_NF, want_NF)
+    close(sae(golden["x_ND"]), golden["x_hat_ND"])
+    assert not any(p.requires_grad for p in sae.parameters())
+
+
+def test_every_architecture_of_ours_is_met():
+    met = {loading.read(c, options(c)).architecture for c in CASES if runnable(c)}
+    assert met >= {"relu", "topk", "jumprelu", "gated", "batchtopk", "matryoshka"}
