@@ -25,6 +25,8 @@ from sae.plugins import find
 
 MATRICES = ("W_enc_DF", "W_dec_FD", "W_skip_DD")
 """Tensors that ``weights_dtype`` rounds; biases and thresholds never are."""
+LATER_FIELDS = {"group_sizes", "threshold_source"}
+"""Fields of cfg.json that the first release did not write: all its SAEs were such that they are null."""
 WEIGHTS, CFG, REFERENCE = "sae.safetensors", "cfg.json", "reference.safetensors"
 REFERENCE_TOKENS = 32
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -151,9 +153,13 @@ def _read_cfg(path: Path) -> tuple[SAEConfig, str]:
         raise ConfigError(f"{path}: {error}") from error
     # No field has a default when it is read: what a file does not say is not guessed (FORMATS, rule of the house).
     for prefix, found, kind in (("", values, SAEConfig), ("input_norm.", values["input_norm"], InputNorm)):
-        absent = [f.name for f in fields(kind) if f.name not in found]
+        absent = {f.name for f in fields(kind) if f.name not in found}
+        if values["activation"] in ("relu", "topk"):
+            absent -= LATER_FIELDS
         if absent:
-            raise ConfigError(f"{path} lacks {', '.join(prefix + n for n in absent)}; expected every field of an SAE")
+            raise ConfigError(
+                f"{path} lacks {', '.join(prefix + n for n in sorted(absent))}; expected every field of an SAE"
+            )
     return cfg, sha256_text(text)
 
 

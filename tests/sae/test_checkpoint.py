@@ -14,6 +14,7 @@ from sae import checkpoint
 from sae.base import SAE
 from sae.config import InputNorm, SAEConfig
 from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, DataError
+from sae.manifest import sha256_text
 from sae.plugins import find
 
 X_ND = planted_store(n=256, d=12, g=16).x_ND
@@ -123,6 +124,20 @@ def test_a_foreign_cfg(folder: Path, text: str) -> None:
 def test_a_cfg_that_cannot_be_used(folder: Path, changes: dict[str, Any], named: str) -> None:
     edit_cfg(folder, **changes)
     with pytest.raises((ConfigError, ArtefactError), match=named):
+        checkpoint.load(folder)
+
+
+def test_the_first_release_wrote_two_fields_less(folder: Path) -> None:
+    """They are null for the architectures it had; an SAE with thresholds must say them."""
+    values = json.loads((folder / checkpoint.CFG).read_text())
+    for field in checkpoint.LATER_FIELDS:
+        assert values.pop(field) is None
+    text = json.dumps(values)
+    (folder / checkpoint.CFG).write_text(text)
+    save_file(load_file(folder / checkpoint.WEIGHTS), folder / checkpoint.WEIGHTS, {"cfg_sha256": sha256_text(text)})
+    assert checkpoint.load(folder).cfg.group_sizes is None
+    (folder / checkpoint.CFG).write_text(json.dumps(values | {"activation": "threshold"}))
+    with pytest.raises(ConfigError, match="lacks group_sizes, threshold_source"):
         checkpoint.load(folder)
 
 
