@@ -47,6 +47,8 @@ class InterpConfig:
     """Explained latents per SAE, drawn uniformly from the eligible."""
     explainers: tuple[str, ...] = ("n2g", "token_list", "pmi")
     """File names in autointerp/explainers."""
+    candidates: int = 1
+    """Texts per latent and explainer that a language model writes; the best on the split calibrate is scored."""
     scorers: tuple[str, ...] = ("late_interaction", "embedding", "surprisal", "simulation")
     """File names in autointerp/scorers; detection is added when a prompted judge is given."""
     client: str = "transformers"
@@ -60,3 +62,6 @@ class InterpConfig:
     max_llm_tokens: int | None = None
     """Stop cleanly once this many LLM tokens were used."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 1, f"candidates must be positive, got {self.candidates}")

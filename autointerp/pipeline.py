@@ -8,18 +8,16 @@ import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from autointerp.choose import asks_a_judge, best_candidates, select
 from autointerp.config import InterpConfig
 from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import ExplainContext, ScoreContext, ScoreJob, Scorer, ScoreResult, check_needs
 from autointerp.judge_check import check_judge
-from autointerp.phrases import PhraseJudge
-from autointerp.rates import auc
 from autointerp.records import (
     CALIBRATE,
     TRANSPORT_CODES,
@@ -33,7 +31,6 @@ from autointerp.records import (
     Simulation,
 )
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
-from autointerp.texts import Decoder
 from sae.errors import DataError, NoAnswer
 from sae.manifest import artefact_dir, canonical_json, content_of, is_complete, key_of, read_manifest, rng, writing
 from sae.plugins import find
@@ -80,13 +77,19 @@ def _options(plugin: Any) -> dict[str, Any]:
 
 def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) -> tuple[list[Any], list[Scorer]]:
     """(explainers, scorers) of a configuration, their needs checked; UnknownPlugin or Unsupported before any work."""
-    explainers = [find("autointerp.explainers", name)() for name in cfg.explainers]
+    explainers = [_explainer(name, cfg) for name in cfg.explainers]
     scorers = [find("autointerp.scorers", name)() for name in cfg.scorers]
     for plugin in explainers:
         check_needs(plugin, ctx)
     for plugin in scorers:
         check_needs(plugin, scoring)
     return explainers, scorers
+
+
+def _explainer(name: str, cfg: InterpConfig) -> Any:
+    """The plug-in, told how many candidates are wanted if it makes any."""
+    kind = find("autointerp.explainers", name)
+    return kind(candidates=cfg.candidates) if "candidates" in inspect.signature(kind).parameters else kind()
 
 
 def explain(
@@ -100,6 +103,9 @@ def explain(
     """
     began = time.monotonic()
     config, inputs = _identity(explainers, ctx), {"exemplars": exemplars.key}
+    prompted = asks_a_judge(explainers, ctx)
+    if prompted:
+        config["chosen_by"] = _identity([find("autointerp.scorers", "detection")()], ctx)
     key = key_of("explanations", EXPLAIN_VERSION, config, inputs)
     folder = artefact_dir(root, "explanations", key)
     if is_complete(folder) and not force and not _unanswered(folder):
@@ -114,7 +120,7 @@ def explain(
                 )
             found[view.latent] += records
         _require_answers(explainer.name, [e for es in found.values() for e in es if e.explainer == explainer.name])
-    chosen = [e for latent in sorted(found) for e in _select(found[latent], exemplars, ctx)]
+    chosen = select(found, exemplars, ctx, prompted=prompted)
     chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
     with writing(
         folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs, began=began
@@ -156,28 +162,6 @@ def _require_answers(name: str, records: Sequence[Explanation | ScoreItem]) -> N
             f"{name!r}: the language model answered none of {len(records)} requests "
             f"({failures[0].code}: {failures[0].detail}); start or check the server and run the same command again"
         )
-
-
-def _select(candidates: list[Explanation], exemplars: ExemplarTable, ctx: ExplainContext) -> list[Explanation]:
-    """Mark exactly one explanation: the text that separates the calibrate windows best; a pattern only if alone."""
-    texts = [e for e in candidates if e.text is not None and e.pattern is None and e.failure is None]
-    pool = texts or [e for e in candidates if e.failure is None] or candidates
-    scored = {e.explanation_id: _calibrate_auc(e, exemplars, ctx) for e in texts}
-    best = max(range(len(pool)), key=lambda i: (scored.get(pool[i].explanation_id) or 0.0, -i))
-    winner = pool[best].explanation_id
-    return [
-        replace(e, selected=e.explanation_id == winner, calibrate_score=scored.get(e.explanation_id))
-        for e in candidates
-    ]
-
-
-def _calibrate_auc(explanation: Explanation, exemplars: ExemplarTable, ctx: ExplainContext) -> float | None:
-    if ctx.embedder is None or explanation.text is None:
-        return None
-    windows = exemplars.scored(explanation.latent, CALIBRATE)
-    values = np.array(PhraseJudge(ctx.embedder, Decoder(ctx.tokenizer)).values(explanation.text, windows))
-    positive = np.array([e.positive for e in windows], dtype=bool)
-    return auc(values[positive], values[~positive])
 
 
 def open_explanations(folder: Path) -> list[Explanation]:
@@ -231,17 +215,18 @@ def _score_order(s: LatentScore) -> tuple[Any, ...]:
 
 
 def make_jobs(explanations: Sequence[Explanation], exemplars: ExemplarTable, seed: int) -> list[ScoreJob]:
-    """One job per explanation, and one under `shuffled`: the text of another latent by the same explainer."""
+    """Of each explainer and latent one job, for its best candidate, and one under `shuffled`: the text of another
+    latent by the same explainer."""
     jobs = []
-    by_explainer: dict[tuple[str, int], list[Explanation]] = {}
-    for e in explanations:
+    by_explainer: dict[str, list[Explanation]] = {}
+    for e in best_candidates(explanations):
         jobs.append(_job(e, e.latent, exemplars, ""))
         if e.failure is None:
-            by_explainer.setdefault((e.explainer, e.candidate), []).append(e)
-    for (name, candidate), group in sorted(by_explainer.items()):
+            by_explainer.setdefault(e.explainer, []).append(e)
+    for name, group in sorted(by_explainer.items()):
         if len(group) < 2:
             continue
-        order = rng(seed, exemplars.sae_id, name, candidate, SHUFFLED).permutation(len(group))
+        order = rng(seed, exemplars.sae_id, name, 0, SHUFFLED).permutation(len(group))
         for here, there in zip(order, np.roll(order, 1), strict=True):  # one cycle: no text stays at home
             jobs.append(_job(group[int(there)], group[int(here)].latent, exemplars, SHUFFLED))
     return jobs

@@ -142,7 +142,8 @@ class Explanation(Record):
     candidate: int = 0
     selected: bool = True
     calibrate_score: float | None = None
-    """Detection AUC on the split calibrate, used to choose among candidates; never reported as the score."""
+    """On the split calibrate, used to choose among candidates, never reported as the score: balanced accuracy of
+    prompted detection, or the AUC of embedded phrases (:mod:`autointerp.choose`)."""
     margin: float | None = None
     """pmi: how far the winner leads, in its own units."""
     hedged: bool = False

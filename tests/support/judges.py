@@ -88,7 +88,8 @@ def script(says: Callable[[str, str], float | Failure]):
         if isinstance(p, Failure):
             return p
         marked = " ".join(re.findall(r"<<(.*?)>>", said.replace(">><<", "")))
-        return json.dumps({"explanation": f"the word {min(topics_in(marked), default='nothing')}"})
+        seen = topics_in(marked or re.sub(r"\t\d\n?", "", said))  # columns of characters are read down
+        return json.dumps({"explanation": f"the word {min(seen, default='nothing')}"})
 
     return answer
 
@@ -162,7 +163,11 @@ def window(latent: int, split: str, kind: str, number: int, *, group: int = -1) 
 def view(latent: int = 0, n: int = 8) -> LatentView:
     kinds = ("top", "quantile", "random_positive", "silent")
     shown = [window(latent, "explain", k, i, group=i if k == "quantile" else -1) for k in kinds for i in range(n)]
-    return LatentView(sae_id="s", latent=latent, exemplars=tuple(shown), density=0.01, max_act=2.0)
+    promoted, suppressed = (tuple(f" {topic}{i}" for i in range(5)) for topic in (TOPICS[latent], "stone"))
+    return LatentView(
+        sae_id="s", latent=latent, exemplars=tuple(shown), density=0.01, max_act=2.0, promoted=promoted,
+        suppressed=suppressed,
+    )  # fmt: skip
 
 
 def windows(latent: int, split: str, n: int) -> tuple[Exemplar, ...]:
