@@ -84,7 +84,7 @@ def test_ten_of_each_side_hard_negatives_first_and_no_marks() -> None:
 
 
 def test_both_sides_shrink_together_where_the_context_is_small() -> None:
-    [[record]], backend = run(Contrastive(), [view(0, 10)], context_tokens=1_900)
+    [[record]], backend = run(Contrastive(), [view(0, 10)], context_tokens=1_500)
     n_active = sum("/silent/" not in i for i in record.exemplar_ids)
     assert 2 <= n_active < 10 and len(record.exemplar_ids) - n_active in (n_active, n_active - 1)
     assert topics_in(record.text) == {TOPICS[0]} and len(backend.sent) == 1
