@@ -116,20 +116,30 @@ def _sum_by_latent(values_E: Tensor, indices_E: Tensor, tokens_E: Tensor, source
     return _sum_entries(values_E[order_E], tokens_E[order_E], offsets_F1, source_ND)
 
 
+def sums_by_latent(values_E: Tensor, indices_E: Tensor, n_latents: int) -> Tensor:
+    """``out[f] = sum of values[e]`` over the entries of latent f, in the same order on every run."""
+    if values_E.is_cuda and ops_gpu.takes_decode(values_E, indices_E, values_E.new_empty(1, 1)):
+        return ops_gpu.sums_by_latent(values_E, indices_E, n_latents).to(values_E.dtype)
+    return values_E.new_zeros(n_latents).index_add_(0, indices_E, values_E)
+
+
 def _tokens_of(offsets_N1: Tensor) -> Tensor:
     counts_N = offsets_N1.diff()
     return torch.repeat_interleave(torch.arange(len(counts_N), device=counts_N.device), counts_N)
 
 
 def _encoder_gradients(
-    needs: tuple[bool, ...], grad_E: Tensor, entries: tuple[Tensor, Tensor], u_ND: Tensor, W_enc_FD: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    needs: tuple[bool, ...], grad_E: Tensor, entries: tuple[Tensor, Tensor], u_ND: Tensor, W_enc_FD: Tensor,
+    impl: Impl = "auto",
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of (n, b_pre, W_enc, b_enc) from those of the active pre-activations.
 
     The pre-bias sees only the sum over tokens, which is one product of a vector: db_pre = -db_enc @ W_enc.
     """
     indices_E, offsets_N1 = entries
-    grad_b_F = torch.zeros(len(W_enc_FD), dtype=grad_E.dtype, device=grad_E.device).index_add_(0, indices_E, grad_E)
+    if impl == "triton" or (impl == "auto" and ops_gpu.takes_encoder(u_ND, W_enc_FD)):
+        return ops_gpu.encoder_gradients(needs, grad_E, entries, u_ND, W_enc_FD)
+    grad_b_F = sums_by_latent(grad_E, indices_E, len(W_enc_FD))
     grad_W_FD = _sum_by_latent(grad_E, indices_E, _tokens_of(offsets_N1), u_ND, len(W_enc_FD))
     grad_n_ND = _sum_entries(grad_E, indices_E, offsets_N1, W_enc_FD) if needs[0] else None
     grad_pre_D = -(grad_b_F @ W_enc_FD) if needs[1] else None
@@ -156,36 +166,57 @@ class _EncodeTopK(torch.autograd.Function):
         u_ND, W_enc_FD, values_NK, indices_NK = ctx.saved_tensors
         active = SparseLatents(torch.where(values_NK > 0, grad_NK, 0.0), indices_NK)
         grad_E, indices_E, offsets_N1 = entries_of(active)
-        return *_encoder_gradients(ctx.needs_input_grad, grad_E, (indices_E, offsets_N1), u_ND, W_enc_FD), None
+        entries = (indices_E, offsets_N1)
+        return *_encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD, "torch"), None
 
 
-class _EncodeReLU(torch.autograd.Function):
+def above(
+    u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float, impl: Impl = "auto",
+    dtype: torch.dtype | None = None,
+) -> Entries:  # fmt: skip
+    """Entries of ``u @ W_enc.T + b_enc`` above ``bar`` (a number, or [F]), in the order (token, latent); no gradient.
+
+    NaN counts as above: it must not pass for a latent that is silent. ``impl`` and ``dtype`` as in
+    :func:`encode_threshold`. ``ValueError`` for a bar of another shape.
+    """
+    if isinstance(bar, Tensor) and bar.shape != W_enc_FD.shape[:1]:
+        raise ValueError(f"bar must be a number or [F] like W_enc {tuple(W_enc_FD.shape)}, got {tuple(bar.shape)}")
+    if impl == "triton" or (impl == "auto" and ops_gpu.takes_encoder(u_ND, W_enc_FD)):
+        return Entries(*ops_gpu.above(u_ND, W_enc_FD, b_enc_F, bar, dtype))
+    n_latents = len(W_enc_FD)
+    values, indices, counts = [u_ND.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=u_ND.device)], []
+    for h_nF, _ in _blocks(u_ND, W_enc_FD, b_enc_F):
+        flat_e = (h_nF <= bar).logical_not_().view(-1).nonzero().squeeze(1)
+        starts = torch.arange(len(h_nF) + 1, device=u_ND.device) * n_latents
+        counts.append(torch.searchsorted(flat_e, starts).diff())
+        values.append(h_nF.view(-1)[flat_e])
+        indices.append(flat_e % n_latents)
+    offsets_N1 = torch.zeros(len(u_ND) + 1, dtype=torch.int64, device=u_ND.device)
+    if counts:
+        torch.cumsum(torch.cat(counts), 0, out=offsets_N1[1:])
+    return Entries(torch.cat(values), torch.cat(indices), offsets_N1)
+
+
+class _EncodeThreshold(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float,
+        impl: Impl, dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         u_ND = _centred(n_ND, b_pre_D)
-        n_latents = len(W_enc_FD)
-        values, indices, counts = [u_ND.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=u_ND.device)], []
-        for h_nF, _ in _blocks(u_ND, W_enc_FD, b_enc_F):
-            flat_e = (h_nF > 0).view(-1).nonzero().squeeze(1)
-            starts = torch.arange(len(h_nF) + 1, device=u_ND.device) * n_latents
-            counts.append(torch.searchsorted(flat_e, starts).diff())
-            values.append(h_nF.view(-1)[flat_e])
-            indices.append(flat_e % n_latents)
-        offsets_N1 = torch.zeros(len(u_ND) + 1, dtype=torch.int64, device=u_ND.device)
-        if counts:
-            torch.cumsum(torch.cat(counts), 0, out=offsets_N1[1:])
-        values_E, indices_E = torch.cat(values), torch.cat(indices)
-        ctx.save_for_backward(u_ND, W_enc_FD, indices_E, offsets_N1)
-        ctx.mark_non_differentiable(indices_E, offsets_N1)
-        return values_E, indices_E, offsets_N1
+        found = above(u_ND, W_enc_FD, b_enc_F, bar, impl, dtype)
+        ctx.save_for_backward(u_ND, W_enc_FD, found.indices_E, found.offsets_N1)
+        ctx.mark_non_differentiable(found.indices_E, found.offsets_N1)
+        ctx.impl = impl
+        return found.values_E, found.indices_E, found.offsets_N1
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_E: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         u_ND, W_enc_FD, indices_E, offsets_N1 = ctx.saved_tensors
-        return _encoder_gradients(ctx.needs_input_grad, grad_E, (indices_E, offsets_N1), u_ND, W_enc_FD)
+        entries = (indices_E, offsets_N1)
+        found = _encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD, ctx.impl)
+        return *found, None, None, None
 
 
 def _blocks(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Any:
@@ -216,12 +247,27 @@ def encode_topk(
     return SparseLatents(*_EncodeTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k))
 
 
-def encode_relu(n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor) -> Entries:
-    """The positive entries of ``(n - b_pre) @ W_enc.T + b_enc``, differentiable in all tensors, N x F never stored.
+def encode_threshold(
+    n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, bar_F: Tensor | float,
+    impl: Impl = "auto", *, dtype: torch.dtype | None = None,
+) -> Entries:  # fmt: skip
+    """The entries of ``h = (n - b_pre) @ W_enc.T + b_enc`` with ``h > bar_F[latent]``, N x F never stored.
 
-    Entries of one token are in ascending order of latent.
+    JumpReLU and calibrated BatchTopK have their thresholds as bars, ReLU has 0 (a number is the bar of every latent).
+    Values are those of h. Differentiable in all tensors but the bar, whose gradient is the architecture's affair.
+    Entries of one token are in ascending order of latent. A NaN in h is kept, so that it reaches the loss.
+    ``impl`` as in :func:`sparse_decode`; ``dtype``: type of Triton's operands, that of W_enc by default. ``ValueError``
+    for a bar of another shape.
     """
-    return Entries(*_EncodeReLU.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F))
+    bar = bar_F.detach() if isinstance(bar_F, Tensor) else float(bar_F)
+    return Entries(*_EncodeThreshold.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, bar, impl, dtype))
+
+
+def encode_relu(
+    n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, impl: Impl = "auto"
+) -> Entries:
+    """The positive entries of ``(n - b_pre) @ W_enc.T + b_enc``: :func:`encode_threshold` with bar 0."""
+    return encode_threshold(n_ND, b_pre_D, W_enc_FD, b_enc_F, 0.0, impl)
 
 
 class _EncodeDense(torch.autograd.Function):
@@ -273,8 +319,13 @@ class _DecodeEntries(torch.autograd.Function):
         return grad_E, None, None, grad_W_FD
 
 
-def decode_entries(entries: Entries, W_dec_FD: Tensor) -> Tensor:
-    """``y_ND = sum over the entries of n of value * W_dec[index]``, no bias; differentiable in values and W_dec."""
+def decode_entries(entries: Entries, W_dec_FD: Tensor, impl: Impl = "auto") -> Tensor:
+    """``y_ND = sum over the entries of n of value * W_dec[index]``, no bias; differentiable in values and W_dec.
+
+    ``impl`` as in :func:`sparse_decode`.
+    """
+    if impl == "triton" or (impl == "auto" and ops_gpu.takes_decode(*entries[:2], W_dec_FD)):
+        return ops_gpu.decode_entries(*entries, W_dec_FD)
     if W_dec_FD.is_cuda and W_dec_FD.dtype in (torch.bfloat16, torch.float16):
         # On CUDA torch has no gradient of a bag's weights in 16 bits (pytorch #185808).
         wide = entries._replace(values_E=entries.values_E.float())
@@ -296,4 +347,4 @@ def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor, impl:
         )
     if impl == "triton" or (impl == "auto" and ops_gpu.takes_decode(values_NK, indices_NK, W_dec_FD)):
         return ops_gpu.sparse_decode(values_NK, indices_NK, W_dec_FD)
-    return decode_entries(entries_of(SparseLatents(values_NK, indices_NK)), W_dec_FD)
+    return decode_entries(entries_of(SparseLatents(values_NK, indices_NK)), W_dec_FD, "torch")

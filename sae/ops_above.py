@@ -10,26 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae.ops import Entries, _blocks, _centred, _encoder_gradients
+from sae.ops import Entries, _centred, _encoder_gradients, above, encode_threshold, sums_by_latent
 
 LOWER_BAR = 0.5
 """Factor on a bar that left too few candidates."""
-
-
-def above(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float) -> Entries:
-    """Entries of ``u @ W_enc.T + b_enc`` above ``bar`` (a number, or one per latent), in the order (token, latent)."""
-    n_latents = len(W_enc_FD)
-    values, indices, counts = [u_ND.new_empty(0)], [torch.empty(0, dtype=torch.int64, device=u_ND.device)], []
-    for h_nF, _ in _blocks(u_ND, W_enc_FD, b_enc_F):
-        flat_e = (h_nF > bar).view(-1).nonzero().squeeze(1)
-        starts = torch.arange(len(h_nF) + 1, device=u_ND.device) * n_latents
-        counts.append(torch.searchsorted(flat_e, starts).diff())
-        values.append(h_nF.view(-1)[flat_e])
-        indices.append(flat_e % n_latents)
-    offsets_N1 = torch.zeros(len(u_ND) + 1, dtype=torch.int64, device=u_ND.device)
-    if counts:
-        torch.cumsum(torch.cat(counts), 0, out=offsets_N1[1:])
-    return Entries(torch.cat(values), torch.cat(indices), offsets_N1)
 
 
 def kept(entries: Entries, keep_E: Tensor) -> Entries:
@@ -47,7 +31,7 @@ def largest_mask(values_E: Tensor, count: int) -> tuple[Tensor, float]:
     if len(values_E) <= count:
         return torch.ones_like(values_E, dtype=torch.bool), 0.0
     last = values_E.kthvalue(len(values_E) - count + 1).values
-    larger_E, equal_E = values_E > last, values_E == last
+    larger_E, equal_E = (values_E <= last).logical_not_(), values_E == last  # NaN is larger than any number
     room = count - larger_E.sum()
     return larger_E | (equal_E & (equal_E.cumsum(0) <= room)), float(last)
 
@@ -57,32 +41,12 @@ def mask_of_latents(entries: Entries, first: int, last: int) -> Tensor:
     return (entries.indices_E >= first) & (entries.indices_E < last)
 
 
-class _EncodeAbove(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        u_ND = _centred(n_ND, b_pre_D)
-        found = above(u_ND, W_enc_FD, b_enc_F, bar)
-        ctx.save_for_backward(u_ND, W_enc_FD, found.indices_E, found.offsets_N1)
-        ctx.mark_non_differentiable(found.indices_E, found.offsets_N1)
-        return tuple(found)  # type: ignore[return-value]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_E: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        u_ND, W_enc_FD, indices_E, offsets_N1 = ctx.saved_tensors
-        entries = (indices_E, offsets_N1)
-        return *_encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD), None
-
-
 def encode_above(
     n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, threshold_F: Tensor
 ) -> Entries:
     """Pre-activations above ``max(threshold, 0)`` of their latent (FORMATS 1, ``threshold``); differentiable in all
     tensors but the thresholds."""
-    bar_F = threshold_F.detach().clamp_min(0)
-    return Entries(*_EncodeAbove.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, bar_F))
+    return encode_threshold(n_ND, b_pre_D, W_enc_FD, b_enc_F, threshold_F.detach().clamp_min(0))
 
 
 class _EncodeBatchTopK(torch.autograd.Function):
@@ -142,7 +106,7 @@ class _EncodeJump(torch.autograd.Function):
         u_ND = _centred(n_ND, b_pre_D)
         near = above(u_ND, W_enc_FD, b_enc_F, theta_F - width / 2)
         excess_E = near.values_E - theta_F[near.indices_E]
-        active_E = excess_E > 0
+        active_E = (excess_E <= 0).logical_not_()  # NaN is active: it must reach the loss
         l0 = active_E.sum().to(n_ND.dtype) / max(len(n_ND), 1)
         ctx.save_for_backward(
             u_ND, W_enc_FD, near.indices_E, near.offsets_N1, active_E, excess_E.abs() < width / 2, theta_F
@@ -156,8 +120,8 @@ class _EncodeJump(torch.autograd.Function):
     def backward(ctx: Any, grad_E: Tensor, _i: Tensor, _o: Tensor, grad_l0: Tensor) -> tuple[Tensor | None, ...]:
         u_ND, W_enc_FD, indices_E, offsets_N1, active_E, inside_E, theta_F = ctx.saved_tensors
         at_theta_E = grad_E * theta_F[indices_E] + grad_l0 / max(len(u_ND), 1)
-        grad_theta_F = torch.zeros_like(theta_F)
-        grad_theta_F.index_add_(0, indices_E, torch.where(inside_E, at_theta_E, 0.0) / -ctx.width)
+        grad_theta_E = torch.where(inside_E, at_theta_E, 0.0) / -ctx.width
+        grad_theta_F = sums_by_latent(grad_theta_E, indices_E, len(theta_F))
         entries = (indices_E, offsets_N1)
         grad_h_E = torch.where(active_E, grad_E, 0.0)
         return *_encoder_gradients(ctx.needs_input_grad, grad_h_E, entries, u_ND, W_enc_FD), grad_theta_F, None

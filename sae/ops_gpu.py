@@ -45,7 +45,7 @@ class _EncodeTopK(torch.autograd.Function):
         u_ND, W_enc_FD, values_NK, indices_NK = ctx.saved_tensors
         active_NK = torch.where(values_NK > 0, grad_NK, 0.0).contiguous()
         work = dual_grad.worklist(active_NK, indices_NK, len(W_enc_FD))
-        grad_W_FD = dual_grad.single_gradient(work, active_NK, u_ND).to(W_enc_FD.dtype)
+        grad_W_FD = dual_grad.single_gradient(work, active_NK, u_ND, W_enc_FD.dtype)
         # As a weight gradient of one channel of ones: the order of its sums is fixed, that of index_add_ is not.
         grad_b_F = dual_grad.single_gradient(work, active_NK, u_ND.new_ones(len(u_ND), 1)).squeeze(1)
         grad_n_ND = None
@@ -63,6 +63,63 @@ def encode_topk(
     """(values, int64 indices) as :func:`sae.ops.encode_topk` with ``impl="triton"``."""
     arguments = (n_ND, b_pre_D, W_enc_FD, b_enc_F, k, prepared, exact)
     return _by_triton(lambda: _EncodeTopK.apply(*arguments), n_ND.device)  # type: ignore[no-any-return]
+
+
+def above(
+    u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, bar: Tensor | float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, indices, offsets) as :func:`sae.ops.above` with ``impl="triton"``."""
+
+    def encode() -> tuple[Tensor, Tensor, Tensor]:
+        from sae_kernels import threshold_encode
+
+        kind = W_enc_FD.dtype if dtype is None else dtype
+        bias_F = b_enc_F.detach().float().contiguous()
+        bar_F = bar.float().contiguous() if isinstance(bar, Tensor) else torch.full_like(bias_F, bar)
+        u_ND_, W_FD = (t.detach().to(kind).contiguous() for t in (u_ND, W_enc_FD))
+        values_E, indices_E, offsets_N1 = threshold_encode.encode_threshold(u_ND_, W_FD, bias_F, bar_F)
+        return values_E.to(u_ND.dtype), indices_E, offsets_N1
+
+    return _by_triton(encode, u_ND.device)  # type: ignore[no-any-return]
+
+
+def sums_by_latent(values_E: Tensor, indices_E: Tensor, n_latents: int) -> Tensor:
+    """float32 ``out[f] = sum of values[e]`` over the entries of f, in a fixed order."""
+    from sae_kernels import dual_grad
+
+    work = dual_grad.ragged_worklist(indices_E, torch.zeros_like(indices_E, dtype=torch.int32), n_latents)
+    return dual_grad.single_gradient(work, values_E.contiguous(), values_E.new_ones(1, 1)).squeeze(1)
+
+
+def encoder_gradients(
+    needs: tuple[bool, ...], grad_E: Tensor, entries: tuple[Tensor, Tensor], u_ND: Tensor, W_enc_FD: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of (n, b_pre, W_enc, b_enc) from those of entries (indices, offsets), as the one of sae.ops."""
+    from sae_kernels import dual_grad, sparse_decode
+
+    indices_E, offsets_N1 = entries
+    grad_E, u_ND = grad_E.contiguous(), u_ND.contiguous()
+    work = dual_grad.ragged_worklist(indices_E, dual_grad.tokens_of(offsets_N1, len(indices_E)), len(W_enc_FD))
+    grad_W_FD = dual_grad.single_gradient(work, grad_E, u_ND, W_enc_FD.dtype)
+    # As a weight gradient of one channel of ones: the order of its sums is fixed, that of index_add_ is not.
+    grad_b_F = dual_grad.single_gradient(work, grad_E, u_ND.new_ones(len(u_ND), 1)).squeeze(1)
+    grad_n_ND = None
+    if needs[0]:
+        weights = W_enc_FD.detach().contiguous()
+        grad_n_ND = sparse_decode.decode_entries(grad_E.to(weights.dtype), indices_E, offsets_N1, weights)
+    grad_pre_D = -(grad_b_F.to(W_enc_FD.dtype) @ W_enc_FD) if needs[1] else None
+    return grad_n_ND, grad_pre_D, grad_W_FD, grad_b_F
+
+
+def decode_entries(values_E: Tensor, indices_E: Tensor, offsets_N1: Tensor, W_dec_FD: Tensor) -> Tensor:
+    """``y_ND`` as :func:`sae.ops.decode_entries` with ``impl="triton"``."""
+
+    def decode() -> Tensor:
+        from sae_kernels.sparse_decode import decode_entries as kernel
+
+        return kernel(values_E, indices_E, offsets_N1, W_dec_FD)
+
+    return _by_triton(decode, values_E.device)  # type: ignore[no-any-return]
 
 
 def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> Tensor:
@@ -108,16 +165,16 @@ def _usable(device: torch.device, refusal: Callable[[], Exception | None]) -> bo
     return reason is None
 
 
-def takes_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor) -> bool:
-    """Whether the kernel decodes these; on CUDA a refusal is logged."""
+def takes_decode(values: Tensor, indices: Tensor, W_dec_FD: Tensor) -> bool:
+    """Whether the kernel decodes these slots [N, K] or entries [E]; on CUDA a refusal is logged."""
 
     def refusal() -> Exception | None:
         import sae_kernels.sparse_decode  # noqa: F401
         from sae_kernels import launch
 
-        return launch.refusal(values_NK, indices_NK, W_dec_FD)
+        return launch.refusal(torch.atleast_2d(values), torch.atleast_2d(indices), W_dec_FD)
 
-    return _usable(values_NK.device, refusal)
+    return _usable(values.device, refusal)
 
 
 def takes_encoder(n_ND: Tensor, W_enc_FD: Tensor) -> bool:

@@ -6,8 +6,9 @@ entries of f (Gao et al., arXiv 2406.04093, appendix D.2). No atomics: every row
 
 The sorted entries are cut where a latent ends and at every multiple of C, for a latent may fire on every token. Thus
 a latent has a head, which begins where the latent begins, and one more piece for each multiple of C inside it; both
-follow from the position alone, so no table of pieces is built. Heads go straight to the result, the other pieces to a
-workspace of E / C rows, from which one program per latent adds them in the order of their positions.
+follow from the position alone, so no table of pieces is built. A head without further pieces is the result; otherwise
+head and pieces go to a workspace of 2 E / C rows, from which one program per latent adds them in the order of their
+positions. So a result in 16 bits is rounded once.
 """
 
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ class Worklist(NamedTuple):
     shift: int
     n_slots: int
     """K."""
+    tokens_E: Tensor | None = None
+    """int32 token of each entry where codes have no fixed K (ragged); coefficients are then [E] like the entries."""
 
     @property
     def n_latents(self) -> int:
@@ -51,9 +54,10 @@ class DualGradient(NamedTuple):
 
 @triton.jit
 def _segments_kernel(  # type: ignore[no-untyped-def]
-    entries_ptr, keys_ptr, bounds_ptr, coef_dec_ptr, r_ptr, coef_enc_ptr, u_ptr, w_dec_ptr, w_enc_ptr, b_ptr,
-    part_dec_ptr, part_enc_ptr, part_b_ptr, shift, n_latents, n_slots, width,
+    entries_ptr, keys_ptr, bounds_ptr, tokens_ptr, coef_dec_ptr, r_ptr, coef_enc_ptr, u_ptr, w_dec_ptr, w_enc_ptr,
+    b_ptr, part_dec_ptr, part_enc_ptr, part_b_ptr, shift, n_latents, n_slots, width, n_pieces,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DUAL: tl.constexpr, ADD: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..F - 1: the head of a latent. Program F + j: the piece that begins at entry (j + 1) CHUNK, if any.
 
@@ -81,7 +85,11 @@ def _segments_kernel(  # type: ignore[no-untyped-def]
             positions = start + tl.arange(0, ROWS)
             used = positions < last
             entries = tl.load(entries_ptr + positions, mask=used, other=0).to(tl.int32)
-            at = (entries // n_slots).to(tl.int64)[:, None] * width + channels[None, :]
+            if RAGGED:
+                tokens = tl.load(tokens_ptr + entries, mask=used, other=0)
+            else:
+                tokens = entries // n_slots
+            at = tokens.to(tl.int64)[:, None] * width + channels[None, :]
             mask = used[:, None] & inside[None, :]
             coef = tl.load(coef_dec_ptr + entries, mask=used, other=0.0).to(tl.float32)
             dec += tl.sum(tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32) * coef[:, None], axis=0)
@@ -89,32 +97,34 @@ def _segments_kernel(  # type: ignore[no-untyped-def]
                 coef = tl.load(coef_enc_ptr + entries, mask=used, other=0.0).to(tl.float32)
                 enc += tl.sum(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32) * coef[:, None], axis=0)
                 bias += coef
+        out = latent * width + channels
         if is_head:
-            out = latent * width + channels
             if ADD:
                 dec += tl.load(w_dec_ptr + out, mask=inside, other=0.0)
-            tl.store(w_dec_ptr + out, dec, mask=inside)
-            if DUAL:
+            piece = n_pieces + first // CHUNK
+        # A head without further pieces is the result; every other sum is one of those that are still to be added.
+        whole = is_head & (last == tl.load(bounds_ptr + latent + 1))
+        part = piece * width + channels
+        tl.store(w_dec_ptr + out, dec.to(w_dec_ptr.dtype.element_ty), mask=inside & whole)
+        tl.store(part_dec_ptr + part, dec, mask=inside & (whole == 0))
+        if DUAL:
+            if ADD:
+                enc += tl.load(w_enc_ptr + out, mask=inside & is_head, other=0.0)
+            tl.store(w_enc_ptr + out, enc.to(w_enc_ptr.dtype.element_ty), mask=inside & whole)
+            tl.store(part_enc_ptr + part, enc, mask=inside & (whole == 0))
+            if tl.program_id(1) == 0:
+                total = tl.sum(bias, axis=0)
                 if ADD:
-                    enc += tl.load(w_enc_ptr + out, mask=inside, other=0.0)
-                tl.store(w_enc_ptr + out, enc, mask=inside)
-                if tl.program_id(1) == 0:
-                    total = tl.sum(bias, axis=0)
-                    if ADD:
-                        total += tl.load(b_ptr + latent)
-                    tl.store(b_ptr + latent, total)
-        else:
-            tl.store(part_dec_ptr + piece * width + channels, dec, mask=inside)
-            if DUAL:
-                tl.store(part_enc_ptr + piece * width + channels, enc, mask=inside)
-                if tl.program_id(1) == 0:
-                    tl.store(part_b_ptr + piece, tl.sum(bias, axis=0))
+                    total += tl.load(b_ptr + latent, mask=is_head, other=0.0)
+                tl.store(b_ptr + latent, total, mask=whole)
+                tl.store(part_b_ptr + piece, total, mask=whole == 0)
 
 
 @triton.jit
 def _combine_kernel(  # type: ignore[no-untyped-def]
     keys_ptr, bounds_ptr, w_dec_ptr, w_enc_ptr, b_ptr, part_dec_ptr, part_enc_ptr, part_b_ptr,
-    shift, n_latents, width, CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DUAL: tl.constexpr,
+    shift, n_latents, width, n_pieces,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DUAL: tl.constexpr,
 ):  # fmt: skip
     """Program j, where piece j is the first after its latent's head: adds that piece and the next ones, in order."""
     piece = tl.program_id(0).to(tl.int64)
@@ -127,11 +137,12 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
             channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
             inside = channels < width
             out = latent * width + channels
-            dec = tl.load(w_dec_ptr + out, mask=inside, other=0.0)
+            head = (n_pieces + piece) * width + channels
+            dec = tl.load(part_dec_ptr + head, mask=inside, other=0.0)
             enc = tl.zeros((CHANNELS,), dtype=tl.float32)
             bias = tl.zeros((ROWS,), dtype=tl.float32)
             if DUAL:
-                enc = tl.load(w_enc_ptr + out, mask=inside, other=0.0)
+                enc = tl.load(part_enc_ptr + head, mask=inside, other=0.0)
             for start in range(piece, last, ROWS):
                 pieces = start + tl.arange(0, ROWS)
                 at = pieces[:, None] * width + channels[None, :]
@@ -140,11 +151,11 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
                 if DUAL:
                     enc += tl.sum(tl.load(part_enc_ptr + at, mask=mask, other=0.0), axis=0)
                     bias += tl.load(part_b_ptr + pieces, mask=pieces < last, other=0.0)
-            tl.store(w_dec_ptr + out, dec, mask=inside)
+            tl.store(w_dec_ptr + out, dec.to(w_dec_ptr.dtype.element_ty), mask=inside)
             if DUAL:
-                tl.store(w_enc_ptr + out, enc, mask=inside)
+                tl.store(w_enc_ptr + out, enc.to(w_enc_ptr.dtype.element_ty), mask=inside)
                 if tl.program_id(1) == 0:
-                    tl.store(b_ptr + latent, tl.load(b_ptr + latent) + tl.sum(bias, axis=0))
+                    tl.store(b_ptr + latent, tl.load(part_b_ptr + n_pieces + piece) + tl.sum(bias, axis=0))
 
 
 def worklist(active_NK: Tensor, indices_NK: Tensor, n_latents: int) -> Worklist:
@@ -157,12 +168,34 @@ def worklist(active_NK: Tensor, indices_NK: Tensor, n_latents: int) -> Worklist:
             f"active and indices must be [N, K] with N * K below 2^31; got {tuple(active_NK.shape)}, "
             f"{tuple(indices_NK.shape)}"
         )
+    return _sorted(torch.where(active_NK != 0, indices_NK, n_latents).reshape(-1), n_latents, indices_NK.shape[1], None)
+
+
+def ragged_worklist(indices_E: Tensor, tokens_E: Tensor, n_latents: int) -> Worklist:
+    """The same for codes of any width: entry e is latent ``indices_E[e]`` of token ``tokens_E[e]``. No host sync.
+
+    ``ValueError`` for other shapes or too many entries.
+    """
+    if indices_E.dim() != 1 or tokens_E.shape != indices_E.shape or len(indices_E) >= 2**31 - launch.CHUNK:
+        raise ValueError(
+            f"indices and tokens must be [E] with E below 2^31; got {tuple(indices_E.shape)}, {tuple(tokens_E.shape)}"
+        )
+    return _sorted(indices_E.clone(), n_latents, 1, tokens_E.to(torch.int32).contiguous())
+
+
+def tokens_of(offsets_N1: Tensor, n_entries: int) -> Tensor:
+    """int32 token of each of E entries; those of token n are ``offsets[n]:offsets[n + 1]``. No host sync."""
+    tokens_N = torch.arange(len(offsets_N1) - 1, dtype=torch.int32, device=offsets_N1.device)
+    return torch.repeat_interleave(tokens_N, offsets_N1.diff(), output_size=n_entries)
+
+
+def _sorted(latents_E: Tensor, n_latents: int, n_slots: int, tokens_E: Tensor | None) -> Worklist:
+    """Worklist of latents, F for inactive entries; writes to its operand."""
     # A radix sort takes one pass per 8 bits of the key: two bytes cost half of four.
     small, shift = (torch.int16, 2**15) if n_latents < 2**16 else (torch.int32, 0)
-    keys_E = torch.where(active_NK != 0, indices_NK, n_latents).reshape(-1).sub_(shift).to(small)
-    keys_E, entries_E = torch.sort(keys_E, stable=True)
-    latents_F1 = torch.arange(-shift, n_latents + 1 - shift, dtype=small, device=indices_NK.device)
-    return Worklist(entries_E, keys_E, torch.searchsorted(keys_E, latents_F1), shift, indices_NK.shape[1])
+    keys_E, entries_E = torch.sort(latents_E.sub_(shift).to(small), stable=True)
+    wanted_F1 = torch.arange(-shift, n_latents + 1 - shift, dtype=small, device=latents_E.device)
+    return Worklist(entries_E, keys_E, torch.searchsorted(keys_E, wanted_F1), shift, n_slots, tokens_E)
 
 
 def _check(work: Worklist, **operands: Tensor) -> None:
@@ -173,9 +206,10 @@ def _check(work: Worklist, **operands: Tensor) -> None:
     if any(t.dtype not in launch.FLOATS for t in operands.values()):
         raise TypeError(f"operands must be float32, bfloat16 or float16; got {found}")
     n_tokens, width = rows[0].shape if rows[0].dim() == 2 else (-1, 0)
-    if any(t.shape != (n_tokens, width) for t in rows) or any(t.shape != (n_tokens, work.n_slots) for t in coefs):
-        raise ValueError(f"rows must be [N, D], coefficients [N, {work.n_slots}]; got {found}")
-    if n_tokens * work.n_slots != len(work.entries_E) or not 1 <= width <= launch.MAX_WIDTH:
+    coef_shape = (n_tokens, work.n_slots) if work.tokens_E is None else (len(work.entries_E),)
+    if any(t.shape != (n_tokens, width) for t in rows) or any(t.shape != coef_shape for t in coefs):
+        raise ValueError(f"rows must be [N, D], coefficients {list(coef_shape)}; got {found}")
+    if coefs[0].numel() != len(work.entries_E) or not 1 <= width <= launch.MAX_WIDTH:
         raise ValueError(f"the codes have {len(work.entries_E)} slots, D lies in 1..{launch.MAX_WIDTH}; got {found}")
     if not all(t.is_contiguous() and t.device == work.entries_E.device for t in operands.values()):
         raise ValueError(f"operands must be contiguous and on {work.entries_E.device}; got {found}")
@@ -186,25 +220,27 @@ def _launch(work: Worklist, dec: tuple[Tensor, Tensor], enc: tuple[Tensor, Tenso
     """Both kernels; ``dec`` and ``enc`` are (coefficients, rows), ``out`` the results."""
     width, device = dec[1].shape[1], dec[1].device
     n_pieces = max(0, (len(work.entries_E) - 1) // launch.CHUNK)
-    parts = [torch.empty(n_pieces, width, dtype=torch.float32, device=device) for _ in out[:2]]
-    part_b_P = torch.empty(n_pieces, dtype=torch.float32, device=device)
+    # First the pieces, then the heads of latents that have pieces.
+    parts = [torch.empty(2 * n_pieces, width, dtype=torch.float32, device=device) for _ in out[:2]]
+    part_b_P = torch.empty(2 * n_pieces, dtype=torch.float32, device=device)
     # Without the encoder's half its pointers are never followed; any tensor may stand there.
     coef_enc, u, w_enc, part_enc, b = (*enc, out[1], parts[1], out[2]) if enc else (*dec, out[0], parts[0], part_b_P)
     # Triton takes no pointer of an empty tensor for granted: without slots there is nothing to load either.
     columns = triton.cdiv(width, CHANNELS)
+    tokens_E = work.entries_E if work.tokens_E is None else work.tokens_E
     common: dict[str, Any] = {
         "CHUNK": launch.CHUNK, "CHANNELS": CHANNELS, "DUAL": enc is not None, "num_warps": 1
     }  # fmt: skip
     with torch.cuda.device_of(dec[1]):
         _segments_kernel[(work.n_latents + n_pieces, columns)](
-            work.entries_E, work.keys_E, work.bounds_F1, dec[0], dec[1], coef_enc, u, out[0], w_enc, b,
-            parts[0], part_enc, part_b_P, work.shift, work.n_latents, max(work.n_slots, 1), width,
-            ROWS=launch.ROWS, ADD=accumulate, **common,
+            work.entries_E, work.keys_E, work.bounds_F1, tokens_E, dec[0], dec[1], coef_enc, u, out[0], w_enc, b,
+            parts[0], part_enc, part_b_P, work.shift, work.n_latents, max(work.n_slots, 1), width, n_pieces,
+            ROWS=launch.ROWS, ADD=accumulate, RAGGED=work.tokens_E is not None, **common,
         )  # fmt: skip
         if n_pieces:
             _combine_kernel[(n_pieces, columns)](
                 work.keys_E, work.bounds_F1, out[0], w_enc, b, parts[0], part_enc, part_b_P,
-                work.shift, work.n_latents, width, ROWS=2 * launch.ROWS, **common,
+                work.shift, work.n_latents, width, n_pieces, ROWS=2 * launch.ROWS, **common,
             )  # fmt: skip
 
 
@@ -230,9 +266,14 @@ def dual_gradient(
 
 
 @torch.no_grad()
-def single_gradient(work: Worklist, coef_NK: Tensor, rows_ND: Tensor) -> Tensor:
-    """``out_FD[f] = sum over the entries of f of coef_NK * rows_ND[n]``, float32; errors as :func:`dual_gradient`."""
+def single_gradient(
+    work: Worklist, coef_NK: Tensor, rows_ND: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``out_FD[f] = sum over the entries of f of coef_NK * rows_ND[n]``; sums in float32, rounded once to ``dtype``.
+
+    Errors as :func:`dual_gradient`.
+    """
     _check(work, coef=coef_NK, rows=rows_ND)
-    out_FD = torch.empty(work.n_latents, rows_ND.shape[1], dtype=torch.float32, device=rows_ND.device)
+    out_FD = torch.empty(work.n_latents, rows_ND.shape[1], dtype=dtype, device=rows_ND.device)
     _launch(work, (coef_NK, rows_ND), None, [out_FD], False)
     return out_FD

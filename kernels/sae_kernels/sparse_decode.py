@@ -1,7 +1,8 @@
 """Sparse decode: ``y_ND = sum over k of values_NK * W_FD[indices_NK]``, forward and backward, as autograd.Function.
 
-Shapes: N tokens, K slots per token, F = d_sae, D = d_in. Reads N K rows of W where a dense product does F / K times the
-arithmetic (Gao et al., arXiv 2406.04093, appendix D). The definition is ``sae.ops.sparse_decode(impl="torch")``.
+Shapes: N tokens, K slots per token or E entries in all, F = d_sae, D = d_in. Reads one row of W per slot where a dense
+product does F / K times the arithmetic (Gao et al., arXiv 2406.04093, appendix D). The definitions are
+``sae.ops.sparse_decode(impl="torch")`` and ``sae.ops.decode_entries(impl="torch")``.
 """
 
 from typing import Any
@@ -13,23 +14,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_kernels import launch
-from sae_kernels.sparse_grad import values_gradient, weights_gradient
+from sae_kernels.dual_grad import ragged_worklist, single_gradient, tokens_of
+from sae_kernels.sparse_grad import entry_values_gradient, values_gradient, weights_gradient
 
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    values_ptr, indices_ptr, w_ptr, out_ptr, n_slots, n_latents, width, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
+    values_ptr, indices_ptr, offsets_ptr, w_ptr, out_ptr, n_slots, n_latents, width,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
     """One program = CHANNELS channels of one token, ROWS gathered rows at a time, summed in float32."""
     token = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channels < width
     total = tl.zeros((CHANNELS,), dtype=tl.float32)
+    begin = token * n_slots
+    if RAGGED:
+        begin = tl.load(offsets_ptr + token)
+        n_slots = (tl.load(offsets_ptr + token + 1) - begin).to(tl.int32)
     for start in range(0, n_slots, ROWS):
         slots = start + tl.arange(0, ROWS)
         used = slots < n_slots
-        values = tl.load(values_ptr + token * n_slots + slots, mask=used, other=0.0).to(tl.float32)
-        latents = tl.load(indices_ptr + token * n_slots + slots, mask=used, other=0).to(tl.int64)
+        values = tl.load(values_ptr + begin + slots, mask=used, other=0.0).to(tl.float32)
+        latents = tl.load(indices_ptr + begin + slots, mask=used, other=0).to(tl.int64)
         valid = (latents >= 0) & (latents < n_latents)
         # An empty slot costs no load. An index that names no row must not be read, nor pass unnoticed: NaN.
         rows = tl.load(
@@ -41,21 +48,27 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + token * width + channels, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _decode(values: Tensor, indices: Tensor, offsets_N1: Tensor | None, W_FD: Tensor) -> Tensor:
+    """``y_ND`` of slots [N, K], or of entries [E] with offsets."""
+    width = W_FD.shape[1]
+    n_tokens, n_slots = values.shape if offsets_N1 is None else (len(offsets_N1) - 1, 0)
+    out_ND = torch.empty(n_tokens, width, dtype=W_FD.dtype, device=W_FD.device)
+    if n_tokens == 0:
+        return out_ND
+    size = launch.blocks(width)
+    with torch.cuda.device_of(W_FD):
+        _decode_kernel[(n_tokens, size.programs)](
+            values, indices, indices if offsets_N1 is None else offsets_N1, W_FD, out_ND, n_slots, len(W_FD), width,
+            ROWS=launch.ROWS, CHANNELS=size.channels, RAGGED=offsets_N1 is not None, num_warps=size.warps,
+        )  # fmt: skip
+    return out_ND
+
+
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
-        (n_tokens, n_slots), (n_latents, width) = values_NK.shape, W_FD.shape
         ctx.save_for_backward(values_NK, indices_NK, W_FD)
-        out_ND = torch.empty(n_tokens, width, dtype=W_FD.dtype, device=W_FD.device)
-        if n_tokens == 0:
-            return out_ND
-        size = launch.blocks(width)
-        with torch.cuda.device_of(W_FD):
-            _decode_kernel[(n_tokens, size.programs)](
-                values_NK, indices_NK, W_FD, out_ND, n_slots, n_latents, width,
-                ROWS=launch.ROWS, CHANNELS=size.channels, num_warps=size.warps,
-            )  # fmt: skip
-        return out_ND
+        return _decode(values_NK, indices_NK, None, W_FD)
 
     @staticmethod
     @once_differentiable
@@ -67,6 +80,26 @@ class _SparseDecode(torch.autograd.Function):
         return grad_NK, None, grad_FD
 
 
+class _DecodeEntries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_E: Tensor, indices_E: Tensor, offsets_N1: Tensor, W_FD: Tensor) -> Tensor:
+        ctx.save_for_backward(values_E, indices_E, offsets_N1, W_FD)
+        return _decode(values_E, indices_E, offsets_N1, W_FD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        values_E, indices_E, offsets_N1, W_FD = ctx.saved_tensors
+        grad_ND, tokens_E = grad_ND.contiguous(), tokens_of(offsets_N1, len(values_E))
+        grad_E = grad_FD = None
+        if ctx.needs_input_grad[0]:
+            grad_E = entry_values_gradient(grad_ND, indices_E, tokens_E, W_FD)
+        if ctx.needs_input_grad[3]:
+            work = ragged_worklist(indices_E, tokens_E, len(W_FD))
+            grad_FD = single_gradient(work, values_E, grad_ND, W_FD.dtype)
+        return grad_E, None, None, grad_FD
+
+
 def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor:
     """``y_ND``, in the type of W; differentiable in values and W.
 
@@ -76,3 +109,18 @@ def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor
     """
     launch.check(values_NK, indices_NK, W_FD)
     return _SparseDecode.apply(values_NK.contiguous(), indices_NK.contiguous(), W_FD)  # type: ignore[no-any-return]
+
+
+def decode_entries(values_E: Tensor, indices_E: Tensor, offsets_N1: Tensor, W_FD: Tensor) -> Tensor:
+    """``y_ND`` of codes of any width: the entries of token n are ``offsets[n]:offsets[n + 1]``, int64, from 0 to E.
+
+    Otherwise as :func:`sparse_decode`. Active indices lie in 0..F - 1 where W wants a gradient.
+    """
+    if values_E.dim() != 1 or offsets_N1.dim() != 1 or len(offsets_N1) == 0 or offsets_N1.dtype != torch.int64:
+        raise ValueError(
+            f"entries must be values [E], indices [E] and int64 offsets [N + 1]; got {tuple(values_E.shape)}, "
+            f"{tuple(indices_E.shape)}, {tuple(offsets_N1.shape)} {offsets_N1.dtype}"
+        )
+    launch.check(values_E[None], indices_E[None], W_FD)
+    arguments = (values_E.contiguous(), indices_E.contiguous(), offsets_N1.contiguous(), W_FD)
+    return _DecodeEntries.apply(*arguments)  # type: ignore[no-any-return]

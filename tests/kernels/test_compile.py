@@ -23,9 +23,9 @@ TOOL = pathlib.Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 FLOATS = {"values_ptr", "w_ptr", "grad_ptr", "out_ptr"}
 KERNELS = (sparse_decode._decode_kernel, sparse_grad._values_kernel)
 
-def compiled(kernel, element, capability, width):
+def compiled(kernel, element, capability, width, ragged):
     size = launch.blocks(width)
-    constants = {"ROWS": launch.ROWS, "CHANNELS": size.channels}
+    constants = {"ROWS": launch.ROWS, "CHANNELS": size.channels, "RAGGED": ragged}
     constants = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -37,9 +37,11 @@ def compiled(kernel, element, capability, width):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": size.warps})
 
 for kernel in KERNELS:
-    for element, capability, width in (("fp32", 90, 576), ("bf16", 80, 4096)):
-        made = compiled(kernel, element, capability, width)
-        name = f"{kernel.__name__} {element} sm_{capability} D={width}"
+    for element, capability, width, ragged in (
+        ("fp32", 90, 576, False), ("bf16", 80, 4096, False), ("bf16", 90, 768, True), ("fp16", 80, 2304, True)
+    ):
+        made = compiled(kernel, element, capability, width, ragged)
+        name = f"{kernel.__name__} {element} sm_{capability} D={width} ragged={ragged}"
         assert ".v4.b32" in made.asm["ptx"], f"{name}: no 16-byte access"
         assert made.metadata.shared <= 49152, f"{name}: {made.metadata.shared} B of shared memory"
         if TOOL.exists():
@@ -58,4 +60,4 @@ def test_all_kernels_compile_for_gpus(tmp_path: Path) -> None:
     program.write_text(PROGRAM)
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3_000:]
-    assert done.stdout.count("compiled") == 4
+    assert done.stdout.count("compiled") == 8

@@ -21,7 +21,7 @@ from sae_kernels import dual_grad, launch, mse, row_steps
 
 TOOL = pathlib.Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 HALF = {"w_ptr", "r_ptr", "u_ptr", "copy_ptr"}
-TYPES = {"entries_ptr": "*i64", "bounds_ptr": "*i64", "indices_ptr": "*i32", "keys_ptr": "*i16"}
+TYPES = {"entries_ptr": "*i64", "tokens_ptr": "*i32", "bounds_ptr": "*i64", "indices_ptr": "*i32", "keys_ptr": "*i16"}
 
 def compiled(kernel, half, capability, constants, warps):
     TYPES["keys_ptr"] = "*i16" if half == "bf16" else "*i32"  # below and above 65,536 latents
@@ -50,9 +50,10 @@ def cases():
         yield mse._decode_error_kernel, f"D={width}", {"ROWS": launch.ROWS, "CHANNELS": size.channels}, size.warps, 128
     sizes = {"CHUNK": launch.CHUNK, "CHANNELS": dual_grad.CHANNELS}
     for dual in (True, False):
-        more = {**sizes, "DUAL": dual, "ROWS": launch.ROWS, "ADD": False}
+        more = {**sizes, "DUAL": dual, "ROWS": launch.ROWS, "ADD": False, "RAGGED": not dual}
         yield dual_grad._segments_kernel, f"dual={dual}", more, 1, 72
-    yield dual_grad._segments_kernel, "accumulate", {**sizes, "DUAL": True, "ROWS": launch.ROWS, "ADD": True}, 1, 72
+    more = {**sizes, "DUAL": True, "ROWS": launch.ROWS, "ADD": True, "RAGGED": False}
+    yield dual_grad._segments_kernel, "accumulate", more, 1, 72
     more = {**sizes, "DUAL": True, "ROWS": 2 * launch.ROWS}
     yield dual_grad._combine_kernel, "dual", more, 1, 168
     for width in (768, 4096):
