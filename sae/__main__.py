@@ -1,6 +1,7 @@
-"""``python -m sae assets | inspect``: a dispatcher that imports nothing heavy before it knows what for."""
+"""``python -m sae assets | convert | inspect | train``: a dispatcher that imports nothing heavy before it knows why."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -10,7 +11,9 @@ from sae.errors import SaescopeError
 
 _COMMANDS = {
     "assets": ("sae.__main__", "assets_main", "fetch the embedded model and texts; print paths, sizes, licences"),
-    "inspect": ("sae.__main__", "inspect_main", "say what a folder or file of saescope holds"),
+    "train": ("sae.train_door", "main", "train SAEs, several from one stream; --plan predicts time, memory, disk"),
+    "convert": ("sae.convert", "main", "write an SAE in another format, self-checked"),
+    "inspect": ("sae.__main__", "inspect_main", "say what an SAE of any format or an artefact folder holds"),
 }
 _USAGE = "usage: python -m sae COMMAND [options]\n\ncommands:\n" + "\n".join(
     f"  {name:<9} {text}" for name, (_, _, text) in _COMMANDS.items()
@@ -45,11 +48,17 @@ def assets_main(arguments: Sequence[str]) -> int:
 
 
 def inspect_main(arguments: Sequence[str]) -> int:
-    """Print the manifest of an artefact folder: kind, key, configuration, inputs, counts, files."""
+    """An SAE: semantics and health (:mod:`sae.inspect`). Any other artefact folder: its manifest."""
+    from sae import manifest
+
+    folder = next((Path(word) for word in arguments if (Path(word) / manifest.MANIFEST).is_file()), None)
+    if folder is None or manifest.read_manifest(folder)["kind"] == "saes":
+        inspect_sae: Callable[[Sequence[str]], int] = import_module("sae.inspect").main
+        return inspect_sae(arguments)
     parser = argparse.ArgumentParser("python -m sae inspect", description=_COMMANDS["inspect"][2])
     parser.add_argument("path", type=Path, help="a folder below results/ or the cache")
     options = parser.parse_args(arguments)
-    from sae import console, manifest
+    from sae import console
 
     content = manifest.read_manifest(options.path)
     console.say(f"{content['kind']} {content['key']} (stage version {content['stage_version']})")
@@ -82,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaescopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
         return 130

@@ -138,16 +138,7 @@ def capture_activations(
     rules (TRAINING 1). ``batch_rows`` changes speed alone. Raises :class:`DataError` if an activation is not finite.
     """
     filter_cfg = filter_cfg or FilterConfig()
-    config = {
-        "hookpoint": hookpoint,
-        "store_dtype": store_dtype,
-        "lm": lm.name,
-        "lm_revision": lm.revision,
-        "lm_dtype": str(lm.dtype).removeprefix("torch."),
-        "filter": to_dict(filter_cfg),
-        "norm_median": norm_median,
-    }
-    key = key_of("activations", ACTIVATIONS_VERSION, config, {"tokens": tokens.key})
+    config, key = _identity(lm, tokens, hookpoint, store_dtype, filter_cfg, norm_median)
     folder = artefact_dir(root, "activations", key)
     if force or not is_complete(folder):
         with writing(
@@ -169,6 +160,31 @@ def capture_activations(
                 n_dropped={name: int((codes == c).sum()) for c, name in REASONS.items()},
             )
     return ActivationStore.open(folder, tokens)
+
+
+def _identity(
+    lm: "LanguageModel", tokens: TokenSet, hookpoint: str, store_dtype: str, filter_cfg: FilterConfig,
+    norm_median: float | None,
+) -> tuple[dict[str, Any], str]:  # fmt: skip
+    config = {
+        "hookpoint": hookpoint,
+        "store_dtype": store_dtype,
+        "lm": lm.name,
+        "lm_revision": lm.revision,
+        "lm_dtype": str(lm.dtype).removeprefix("torch."),
+        "filter": to_dict(filter_cfg),
+        "norm_median": norm_median,
+    }
+    return config, key_of("activations", ACTIVATIONS_VERSION, config, {"tokens": tokens.key})
+
+
+def stored_activations(
+    root: Path, lm: "LanguageModel", tokens: TokenSet, hookpoint: str, filter_cfg: FilterConfig
+) -> ActivationStore | None:
+    """What :func:`capture_activations` would reuse with its defaults; None where it would collect."""
+    _, key = _identity(lm, tokens, hookpoint, "bfloat16", filter_cfg, None)
+    folder = artefact_dir(root, "activations", key)
+    return ActivationStore.open(folder, tokens) if is_complete(folder) else None
 
 
 def _run(

@@ -165,7 +165,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         for tensor in tensors.values():
             if tensor.numel():
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
