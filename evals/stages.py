@@ -18,7 +18,7 @@ from autointerp.records import INTERP_SPLITS
 from evals.base import SAESubject, subject_info
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
-from sae import checkpoint
+from sae import checkpoint, loading
 from sae.activations import ActivationStore, capture_activations
 from sae.base import SAE, random_like
 from sae.config import SubjectMeta, to_dict
@@ -59,6 +59,8 @@ class Pipeline:
             hookpoint = self.cfg.hookpoint
         elif given and given[0].cfg.meta is not None:
             hookpoint = given[0].cfg.meta.hookpoint
+        elif given:
+            raise ConfigError(f"{given[0].sae_id}: its file does not say where it reads; give --hookpoint")
         else:
             hookpoint = self.lm().default_hookpoint()
         width = self.lm().check_hookpoint(hookpoint)
@@ -69,7 +71,12 @@ class Pipeline:
     @cached_property
     def given_saes(self) -> list[SAE]:
         """The SAEs named with --sae, loaded and self-checked before any work."""
-        return [checkpoint.load(Path(path)).to(self.cfg.device) for path in self.cfg.sae]
+        return [checkpoint.load(folder).to(self.cfg.device) for folder in self.given_folders]
+
+    @cached_property
+    def given_folders(self) -> list[Path]:
+        """Native folders of the SAEs named with --sae; those of other formats are imported below saes/."""
+        return [loading.import_into(self.root, Path(path)) for path in self.cfg.sae]
 
     def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
         lm = self.lm()
@@ -81,7 +88,7 @@ class Pipeline:
         meta = sae.cfg.meta
         if meta is not None and meta.hookpoint != hookpoint:
             raise ConfigError(f"{sae.sae_id} was trained at {meta.hookpoint}, the run measures {hookpoint}")
-        if meta is not None and meta.lm_revision != lm.revision:
+        if meta is not None and meta.lm_revision not in (loading.UNKNOWN, lm.revision):
             raise ConfigError(
                 f"{sae.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), the run loads {lm.name} "
                 f"({lm.revision[:12]}); give the right --model"
@@ -175,7 +182,7 @@ class Pipeline:
     @cached_property
     def folders(self) -> dict[str, Path]:
         """Checkpoint folder by sae_id."""
-        return {sae.sae_id: Path(path) for sae, path in zip(self.given_saes, self.cfg.sae, strict=True)}
+        return {sae.sae_id: folder for sae, folder in zip(self.given_saes, self.given_folders, strict=True)}
 
     def _meta(self, store: ActivationStore) -> SubjectMeta:
         lm, tokens = self.lm(), store.tokens

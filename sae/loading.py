@@ -1,6 +1,6 @@
 """``sae.load``: any SAE from a local path, native or foreign, recognised by its files; nothing is fetched or executed.
 
-Every import is run once against the naive forward pass of its own tensors (:mod:`sae.adapt`), so that a fault in a
+Every import is run once against the naive forward pass of its own tensors (:mod:`sae.agreement`), so that a fault in a
 folding or in a mapping cannot pass silently.
 """
 
@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from sae import adapt, checkpoint
+from sae import adapt, agreement, checkpoint
 from sae.base import SAE
 from sae.config import to_dict
 from sae.errors import ArtefactError
@@ -17,7 +17,8 @@ from sae.plugins import find, names
 from sae.portable import Format, ImportOptions, Portable, check
 
 FORMATS = "sae.formats"
-NATIVE = "native"
+NATIVE, UNKNOWN = adapt.NATIVE, adapt.UNKNOWN
+
 
 def recognise(path: Path) -> str:
     """Name of the one format that the files at ``path`` have: ``native`` or a plug-in of ``sae/formats``.
@@ -79,14 +80,14 @@ def load(path: str | Path, *, device: str = "cpu", options: ImportOptions | None
         return checkpoint.load(path, device=device)
     found = read(path, options)
     sae = adapt.to_sae(found)
-    adapt.self_check(sae, found)
+    agreement.self_check(sae, found)
     return sae.to(device)
 
 
 def import_into(root: Path, path: Path, options: ImportOptions | None = None) -> Path:
     """The native folder of the SAE at ``path``: itself if native, else ``root/saes/<sae_id>/``, written once.
 
-    The reference sample is :func:`sae.adapt.sample_inputs`, as no language model is at hand; the manifest says so.
+    The reference sample is :func:`sae.agreement.sample_inputs`, as no language model is at hand; the manifest says so.
     """
     if recognise(path) == NATIVE:
         return path
@@ -95,12 +96,12 @@ def import_into(root: Path, path: Path, options: ImportOptions | None = None) ->
     folder = root / "saes" / sae.sae_id
     if is_complete(folder):
         return folder
-    result = adapt.self_check(sae, found)
+    result = agreement.self_check(sae, found)
     inputs = {name: str(sha) for name, sha in (sae.cfg.source or {})["files"].items()}
     key = key_of("saes", adapt.IMPORT_VERSION, to_dict(sae.cfg), inputs)
     with writing(
         folder, kind="saes", key=key, stage_version=adapt.IMPORT_VERSION, config=to_dict(sae.cfg), inputs=inputs
     ) as out:
-        checkpoint.save(sae, out.path, adapt.sample_inputs(found))
+        checkpoint.save(sae, out.path, agreement.sample_inputs(found))
         out.counts.update({"sae_id": sae.sae_id, "reference": "synthetic inputs", "self_check": result._asdict()})
     return folder

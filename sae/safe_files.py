@@ -245,5 +245,3 @@ def _scan_legacy(path: Path, size: int) -> None:
         for _ in range(2):  # protocol version, facts on the system
             _Scan(file, path, size).load()
         _Scan(file, path, size).load()
-
-

@@ -1,15 +1,18 @@
-"""Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors`` + ``config.json``); import only (FORMATS 5.5, 5.6).
+"""Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors`` + ``config.json``) (FORMATS 5.5, 5.6).
 
 JumpReLU without pre-bias and without input norm. The first generation has no configuration: widths come from the
-tensors, layer, site and published L0 from the folders, never the other way round.
+tensors, layer, site and published L0 from the folders, never the other way round. The first generation is
+what is written.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.hook_names import place
@@ -22,7 +25,7 @@ _SITES = {"res": "resid_post", "resid_post": "resid_post", "mlp": "mlp_out", "ml
 
 
 class GemmaScope:
-    """Reader of both generations."""
+    """Reader of both generations, writer of the first."""
 
     title = "Gemma Scope (params.npz, or params.safetensors + config.json)"
 
@@ -66,6 +69,28 @@ class GemmaScope:
             transcoder=transcoder, W_skip_DD=skip, **where,
             files=(file, *([file.parent / CFG] if cfg else [])), extra={"gemmascope": cfg},
         )  # fmt: skip
+
+    def write(self, p: Portable, folder: Path) -> None:
+        """``params.npz``. ``Unsupported``: activations but relu and threshold, norms, transcoders."""
+        p = _jumprelu(p)
+        assert p.b_enc_F is not None
+        threshold_F = p.b_enc_F.new_zeros(p.d_sae) if p.threshold_F is None else p.threshold_F
+        tensors: dict[str, Any] = {
+            "W_enc": p.W_enc_FD.t(), "W_dec": p.W_dec_FD, "b_enc": p.b_enc_F, "b_dec": p.b_dec_D,
+            "threshold": threshold_F,
+        }  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {name: t.float().contiguous().numpy() for name, t in tensors.items()}
+        np.savez(folder / NPZ, **arrays)
+
+
+def _jumprelu(p: Portable) -> Portable:
+    """ReLU is a threshold of 0; everything else that the format cannot say is folded or refused."""
+    p = foldings.remove_pre_bias(foldings.fold_gate_scale(foldings.fold_dataset_norm(p, keep_codes=True)))
+    if p.activation not in ("relu", "threshold") or p.input_norm.kind != "none" or p.transcoder:
+        what = "a transcoder" if p.transcoder else f"{p.activation} with input norm {p.input_norm.kind}"
+        raise Unsupported(f"{p.where}: Gemma Scope files mean JumpReLU without norm, not {what}; try --to saelens")
+    return p
 
 
 def _file(path: Path) -> Path | None:

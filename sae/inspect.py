@@ -1,0 +1,158 @@
+"""``python -m sae inspect PATH``: what an SAE is, how it is run, and whether it is healthy, in one screen.
+
+D = d_in, F = d_sae.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae import adapt, agreement, console, foldings, loading
+from sae.config import InputNorm
+from sae.errors import Unsupported
+from sae.manifest import sha256_file
+from sae.portable import ImportOptions, Portable, naive_forward
+
+PROBE_GAIN = 0.10
+"""A single change that lowers FVU by more than this share makes the recipe suspect (FORMATS 7)."""
+
+
+def semantics(p: Portable) -> list[tuple[str, str]]:
+    """How it is run, one fact a row."""
+    norm = p.input_norm
+    details = {
+        "layer_norm": f" (eps {norm.eps:g}, ddof {norm.ddof})", "none": "",
+        "unit_norm": f" (eps {norm.eps:g}, centred {norm.center}, to {norm.target})",
+        "dataset_rms": f" (x * {norm.scale_in:.6g}, x_hat / {norm.scale_out:.6g})",
+    }[norm.kind]  # fmt: skip
+    k = f", k = {p.k}" if p.k is not None else ""
+    bias = "b_dec" if p.apply_b_dec_to_input else "a bias of its own" if p.b_pre_D is not None else "nothing"
+    rows = [
+        ("format", "saescope" if p.format == loading.NATIVE else loading.plugin(p.format).title),
+        ("version", p.version or ""),
+        ("trained as, run as", f"{p.architecture}, {p.activation}{k}"), ("d_in, d_sae", f"{p.d_in}, {p.d_sae}"),
+        ("input norm", norm.kind + details), ("subtracted from the input", bias), ("gate scale", p.gate_scale),
+        ("transcoder", "yes" + (", with skip" if p.W_skip_DD is not None else "") if p.transcoder else "no"),
+        ("model", p.lm or "not said"), ("hook", p.hook or ""),
+        ("hookpoint", p.hookpoint or "not said; give --hookpoint"),
+        ("context, BOS", f"{p.context_tokens or 'not said'}, {'not said' if p.prepend_bos is None else p.prepend_bos}"),
+        ("applied on reading", "; ".join(p.recipe)),
+    ]  # fmt: skip
+    return [(name, value) for name, value in rows if value]
+
+
+def health(p: Portable) -> list[tuple[str, str]]:
+    """Norms, dead directions and thresholds; a row that begins with ``!`` is a reason to look closer."""
+    encoder_F, decoder_F = (torch.linalg.vector_norm(t.double(), dim=1) for t in (p.W_enc_FD, p.W_dec_FD))
+    rows = [
+        (name, _spread(n)) for name, n in (("length of encoder rows", encoder_F), ("length of decoder rows", decoder_F))
+    ]
+    silent = int((decoder_F == 0).sum())
+    if silent:
+        rows.append(("! decoder rows of length 0", f"{silent:,} of {p.d_sae:,}"))
+    if p.W_dec_FD.shape[1] == p.d_in:
+        cosine_F = (p.W_enc_FD.double() * p.W_dec_FD.double()).sum(1) / (encoder_F * decoder_F).clamp_min(1e-30)
+        mark = "! " if float(cosine_F.median()) < 0 else ""
+        rows.append((f"{mark}cosine of encoder and decoder rows", _spread(cosine_F)))
+    for name in ("b_enc_F", "b_dec_D", "threshold_F"):
+        if (tensor := getattr(p, name)) is not None:
+            rows.append((name, _spread(tensor.double())))
+    if p.threshold_F is not None and bool((p.threshold_F < 0).any()):
+        rows.append(("! thresholds below 0", f"{int((p.threshold_F < 0).sum()):,}: they act as 0"))
+    return rows
+
+
+def _spread(values: Tensor) -> str:
+    low, middle, high = (float(torch.quantile(values[:: max(1, len(values) // 10**6)], q)) for q in (0.0, 0.5, 1.0))
+    return f"{low:.4g} … {middle:.4g} … {high:.4g}"
+
+
+def variants(p: Portable) -> dict[str, Portable]:
+    """Every single change of the recipe that a loader gets wrong silently: pre-bias, norm, gate scale."""
+    found = {}
+    if not p.transcoder:
+        note = "without pre-bias" if p.apply_b_dec_to_input else "with b_dec subtracted from the input"
+        found[note] = replace(p, apply_b_dec_to_input=not p.apply_b_dec_to_input, b_pre_D=None)
+    for norm in (
+        InputNorm(kind="none"),
+        foldings.LAYER_NORM,
+        InputNorm(kind="unit_norm", center=False, target="sqrt_d"),
+    ):
+        if norm.kind != p.input_norm.kind:
+            found[f"input norm {norm.kind}"] = replace(p, input_norm=norm)
+    other = "none" if p.gate_scale == "decoder_norm" else "decoder_norm"
+    found[f"gate scale {other}"] = replace(p, gate_scale=other)  # type: ignore[arg-type]
+    return found
+
+
+def probe(p: Portable, x_ND: Tensor) -> list[tuple[str, float, float]]:
+    """(recipe, FVU, L0) as imported, then under each of :func:`variants`, on raw activations (FORMATS 7)."""
+    rows = []
+    for name, variant in {"as imported": p, **variants(p)}.items():
+        found = naive_forward(variant, x_ND)
+        fvu = agreement.fvu(x_ND.double(), torch.from_numpy(found.x_hat_ND).double())
+        rows.append((name, fvu, float((found.z_NF != 0).sum(1).mean())))
+    return rows
+
+
+def show(path: Path, options: ImportOptions) -> Portable:
+    """Print origin, semantics, files, health and the self-check; the exceptions of ``sae.load`` pass through."""
+    p = loading.read(path, options)
+    console.table(str(path), ("", ""), semantics(p))
+    console.table("health (lowest … median … highest)", ("", ""), health(p))
+    if p.files:
+        rows = [(f.name, f"{f.stat().st_size:,}", sha256_file(f)[:16]) for f in p.files]
+        console.table("files", ("file", "bytes", "sha256"), rows, right=(1,))
+    try:
+        found = agreement.self_check(adapt.to_sae(p), p)
+        console.say(
+            f"self-check on {found.tokens} synthetic inputs: codes {found.codes:.1e}, reconstructions "
+            f"{found.reconstructions:.1e}, equal sets {found.same_sets:.1%}"
+        )
+    except Unsupported as error:
+        console.say(f"saescope can read but not run it: {error}")
+    return p
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The door. Exit status 1 where ``--check-on`` finds a recipe that fits the activations better."""
+    import argparse
+
+    from sae.convert import add_options, options_of
+
+    parser = argparse.ArgumentParser(
+        "python -m sae inspect", description="what an SAE is, its semantics and its health"
+    )
+    parser.add_argument("path", type=Path, help="file or folder of an SAE, any format; or an artefact folder")
+    add_options(parser)
+    given = parser.parse_args(arguments)
+    console.setup()
+    options = options_of(given)
+    p = show(given.path, options)
+    if not given.check_on:
+        return 0
+    from sae.real_inputs import model_inputs
+
+    x_ND = model_inputs(given.check_on, p.hookpoint, p.d_in, given.texts, given.tokens)
+    rows = probe(p, x_ND)
+    console.table(
+        f"recipe probe on {len(x_ND):,} tokens of {given.check_on}", ("recipe", "FVU", "L0"),
+        [(name, f"{fvu:.4f}", f"{l0:.1f}") for name, fvu, l0 in rows], right=(1, 2),
+    )  # fmt: skip
+    return _verdict(rows)
+
+
+def _verdict(rows: Sequence[tuple[str, float, Any]]) -> int:
+    (_, own, _), *others = rows
+    best, fvu, _ = min(others, key=lambda row: row[1])
+    if own > 1 or fvu < (1 - PROBE_GAIN) * own:
+        console.say(
+            f"suspect: FVU {own:.3f} as imported, {fvu:.3f} {best}; the file, the model or the hookpoint is not "
+            "what it is taken for"
+        )
+        return 1
+    return 0

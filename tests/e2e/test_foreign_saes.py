@@ -1,0 +1,58 @@
+"""``run_all --sae`` with SAEs of several formats at once: imported, measured, and named by their origin."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae import checkpoint
+from sae.config import InputNorm, SAEConfig
+from sae.convert import convert
+from sae.plugins import find
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(root: Path, world: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evals.run_all", "--root", str(root), *world, *more]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def native(folder: Path, width: int) -> Path:
+    """A random TopK SAE without norm, which every format can hold."""
+    cfg = SAEConfig(
+        architecture="topk", activation="topk", d_in=width, d_out=width, d_sae=64, k=4, apply_b_dec_to_input=True,
+        input_norm=InputNorm(kind="none"), decoder_unit_norm=True, sae_id="mine", meta=None, train_tokens=0,
+        train_steps=0, seed=0,
+    )  # fmt: skip
+    sae = find("sae.architectures", "topk")(cfg)
+    x_ND = torch.randn(256, width, generator=torch.Generator().manual_seed(0))
+    sae.initialise(x_ND, 0)
+    checkpoint.save(sae, folder, x_ND)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_mix_of_formats_is_evaluated_and_named(tiny_world: list[str], tmp_path: Path):
+    mine = native(tmp_path / "mine", 32)
+    convert(mine, tmp_path / "saelens", "saelens")
+    convert(mine, tmp_path / "layers.1", "sparsify")
+    given = ["--sae", str(tmp_path / "saelens"), str(tmp_path / "layers.1"), "--evals", "reconstruction"]
+    silent = run(tmp_path / "root", tiny_world, *given)
+    assert silent.returncode == 2 and "give --hookpoint" in silent.stderr and "Traceback" not in silent.stderr
+    done = run(tmp_path / "root", tiny_world, *given, "--hookpoint", "layers.1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [
+        json.loads(line)
+        for path in (tmp_path / "root").glob("rows/*/reconstruction/*/rows.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    fvu = {r["sae_id"]: r["value"] for r in rows if r["metric"] == "fvu" and r["slice"] == ""}
+    a, b = (next(v for k, v in fvu.items() if k.startswith(name)) for name in ("saelens.", "sparsify."))
+    assert a == pytest.approx(b, rel=1e-5), "one SAE in two formats"
+    board = (tmp_path / "root" / "leaderboard.csv").read_text()
+    assert "saelens." in board and "sparsify." in board
