@@ -30,7 +30,7 @@ class RunConfig:
     texts: str = "default"
     """`default`, a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
     sae: tuple[str, ...] = ()
-    """Folders of existing SAEs to evaluate instead of training."""
+    """Folders or files of existing SAEs to evaluate instead of training, of any format that sae.load reads."""
     evals: tuple[str, ...] = ()
     """Evaluations to run (see --list); default: all."""
     architectures: tuple[str, ...] = ("topk", "relu")
