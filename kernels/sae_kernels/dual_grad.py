@@ -198,21 +198,24 @@ def _sorted(latents_E: Tensor, n_latents: int, n_slots: int, tokens_E: Tensor | 
     return Worklist(entries_E, keys_E, torch.searchsorted(keys_E, wanted_F1), shift, n_slots, tokens_E)
 
 
-def _check(work: Worklist, **operands: Tensor) -> None:
-    """TypeError or ValueError for coefficients that are not [N, K] or rows that are not contiguous [N, D]."""
-    found = ", ".join(f"{name} {tuple(t.shape)} {t.dtype} strides {t.stride()}" for name, t in operands.items())
-    rows = [t for name, t in operands.items() if not name.startswith("coef")]
-    coefs = [t for name, t in operands.items() if name.startswith("coef")]
-    if any(t.dtype not in launch.FLOATS for t in operands.values()):
-        raise TypeError(f"operands must be float32, bfloat16 or float16; got {found}")
+def _check(work: Worklist, coefs: tuple[Tensor, ...], rows: tuple[Tensor, ...]) -> None:
+    """TypeError or ValueError for coefficients that are not [N, K] ([E]) or rows that are not contiguous [N, D]."""
     n_tokens, width = rows[0].shape if rows[0].dim() == 2 else (-1, 0)
     coef_shape = (n_tokens, work.n_slots) if work.tokens_E is None else (len(work.entries_E),)
-    if any(t.shape != (n_tokens, width) for t in rows) or any(t.shape != coef_shape for t in coefs):
-        raise ValueError(f"rows must be [N, D], coefficients {list(coef_shape)}; got {found}")
-    if coefs[0].numel() != len(work.entries_E) or not 1 <= width <= launch.MAX_WIDTH:
-        raise ValueError(f"the codes have {len(work.entries_E)} slots, D lies in 1..{launch.MAX_WIDTH}; got {found}")
-    if not all(t.is_contiguous() and t.device == work.entries_E.device for t in operands.values()):
-        raise ValueError(f"operands must be contiguous and on {work.entries_E.device}; got {found}")
+    device = work.entries_E.device
+    kind: type[Exception] = ValueError
+    if any(t.dtype not in launch.FLOATS for t in (*coefs, *rows)):
+        kind, rule = TypeError, "operands must be float32, bfloat16 or float16"
+    elif any(t.shape != (n_tokens, width) for t in rows) or any(t.shape != coef_shape for t in coefs):
+        rule = f"rows must be [N, D], coefficients {list(coef_shape)}"
+    elif coefs[0].numel() != len(work.entries_E) or not 1 <= width <= launch.MAX_WIDTH:
+        rule = f"the codes have {len(work.entries_E)} slots, D lies in 1..{launch.MAX_WIDTH}"
+    elif not all(t.is_contiguous() and t.device == device for t in (*coefs, *rows)):
+        rule = f"operands must be contiguous and on {device}"
+    else:
+        return
+    names = {f"coefficients_{i}": t for i, t in enumerate(coefs)} | {f"rows_{i}": t for i, t in enumerate(rows)}
+    raise kind(f"{rule}; got {launch.described(**names)}")
 
 
 def _launch(work: Worklist, dec: tuple[Tensor, Tensor], enc: tuple[Tensor, Tensor] | None, out: list[Tensor],
@@ -222,11 +225,11 @@ def _launch(work: Worklist, dec: tuple[Tensor, Tensor], enc: tuple[Tensor, Tenso
     n_pieces = max(0, (len(work.entries_E) - 1) // launch.CHUNK)
     # First the pieces, then the heads of latents that have pieces.
     parts = [torch.empty(2 * n_pieces, width, dtype=torch.float32, device=device) for _ in out[:2]]
-    part_b_P = torch.empty(2 * n_pieces, dtype=torch.float32, device=device)
+    part_b_P = torch.empty(2 * n_pieces, dtype=torch.float32, device=device) if enc else parts[0]
     # Without the encoder's half its pointers are never followed; any tensor may stand there.
     coef_enc, u, w_enc, part_enc, b = (*enc, out[1], parts[1], out[2]) if enc else (*dec, out[0], parts[0], part_b_P)
     # Triton takes no pointer of an empty tensor for granted: without slots there is nothing to load either.
-    columns = triton.cdiv(width, CHANNELS)
+    columns = launch.cdiv(width, CHANNELS)
     tokens_E = work.entries_E if work.tokens_E is None else work.tokens_E
     common: dict[str, Any] = {
         "CHUNK": launch.CHUNK, "CHANNELS": CHANNELS, "DUAL": enc is not None, "num_warps": 1
@@ -255,7 +258,7 @@ def dual_gradient(
     (contiguous float32) that are added to in place and returned, as micro-batches want. ``TypeError``, ``ValueError``
     for operands of another type or shape.
     """
-    _check(work, coef_dec=coef_dec_NK, r=r_ND, coef_enc=coef_enc_NK, u=u_ND)
+    _check(work, (coef_dec_NK, coef_enc_NK), (r_ND, u_ND))
     shapes = ((work.n_latents, r_ND.shape[1]), (work.n_latents, r_ND.shape[1]), (work.n_latents,))
     for t, shape in zip(into or (), shapes, strict=False):
         if t.shape != shape or t.dtype != torch.float32 or not t.is_contiguous():
@@ -273,7 +276,7 @@ def single_gradient(
 
     Errors as :func:`dual_gradient`.
     """
-    _check(work, coef=coef_NK, rows=rows_ND)
+    _check(work, (coef_NK,), (rows_ND,))
     out_FD = torch.empty(work.n_latents, rows_ND.shape[1], dtype=dtype, device=rows_ND.device)
     _launch(work, (coef_NK, rows_ND), None, [out_FD], False)
     return out_FD

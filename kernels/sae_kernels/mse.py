@@ -72,9 +72,9 @@ def _decode_error_kernel(  # type: ignore[no-untyped-def]
 
 def blocks(width: int) -> launch.Blocks:
     """Settings for rows of ``width`` channels (at least 1): data, so equal inputs give equal bits."""
-    channels = min(SLICE, max(16, triton.next_power_of_2(width)))
+    channels = min(SLICE, max(16, launch.power_of_2(width)))
     warps = 1 if channels <= 256 else 2 if channels <= 1_024 else 4 if channels <= 2_048 else 8
-    return launch.Blocks(channels, triton.cdiv(width, channels), warps)
+    return launch.Blocks(channels, launch.cdiv(width, channels), warps)
 
 
 def check(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND: Tensor) -> None:

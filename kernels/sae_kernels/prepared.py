@@ -8,7 +8,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sae_kernels import launch
@@ -70,7 +69,7 @@ def prepare(
     if not 16 <= BN <= 1_024 or BN & (BN - 1):
         raise ValueError(f"BN must be a power of two from 16 to 1024, got {BN}")
     (n_latents, width), device = W_enc_FD.shape, W_enc_FD.device
-    padded = triton.cdiv(n_latents, BN) * BN
+    padded = launch.cdiv(n_latents, BN) * BN
     W_PD = torch.zeros(padded, width, dtype=dtype, device=device)
     b_P = torch.full((padded,), -math.inf, dtype=torch.float32, device=device)
     prepared = PreparedEncoder(W_PD, b_P, n_latents, BN)

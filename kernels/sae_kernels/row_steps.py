@@ -99,7 +99,7 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
 
 def blocks(width: int) -> launch.Blocks:
     """Settings of a kernel that holds a whole row of ``width`` channels."""
-    channels = max(16, triton.next_power_of_2(width))
+    channels = max(16, launch.power_of_2(width))
     return launch.Blocks(channels, 1, min(16, max(1, channels // 512)))
 
 
@@ -188,10 +188,10 @@ def weighted_column_sum(weights_N: Tensor, rows_ND: Tensor) -> Tensor:
     if weights_N.dtype != torch.float32 or rows_ND.dtype not in launch.FLOATS:
         raise TypeError(f"weights must be float32, rows float; got {weights_N.dtype}, {rows_ND.dtype}")
     n_rows, width = rows_ND.shape
-    part_PD = torch.empty(triton.cdiv(n_rows, BLOCK), width, dtype=torch.float32, device=rows_ND.device)
+    part_PD = torch.empty(launch.cdiv(n_rows, BLOCK), width, dtype=torch.float32, device=rows_ND.device)
     if part_PD.numel():
         with torch.cuda.device_of(rows_ND):
-            _columns_kernel[(len(part_PD), triton.cdiv(width, CHANNELS))](
+            _columns_kernel[(len(part_PD), launch.cdiv(width, CHANNELS))](
                 weights_N.contiguous(), rows_ND, part_PD, n_rows, width, ROWS=ROWS, CHANNELS=CHANNELS, BLOCK=BLOCK,
                 num_warps=1,
             )  # fmt: skip

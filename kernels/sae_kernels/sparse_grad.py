@@ -76,7 +76,7 @@ def _launch(grad_ND: Tensor, indices_NK: Tensor, tokens_E: Tensor | None, W_FD: 
     size = launch.blocks(width)
     ragged = tokens_E is not None
     # Blocks of slots come first where there are many: the other axes of a grid end at 65,535.
-    blocks = triton.cdiv(n_slots, launch.ROWS)
+    blocks = launch.cdiv(n_slots, launch.ROWS)
     with torch.cuda.device_of(W_FD):
         _values_kernel[(blocks, 1) if ragged else (n_rows, blocks)](
             grad_ND, indices_NK, indices_NK if tokens_E is None else tokens_E, W_FD, out, n_slots, n_latents, width,

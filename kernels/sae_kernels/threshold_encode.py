@@ -213,32 +213,32 @@ INTERPRETED = not isinstance(_walk_kernel, triton.JITFunction)
 
 def refusal(u_ND: Tensor, W_FD: Tensor, b_F: Tensor, bar_F: Tensor) -> Exception | None:
     """The error for operands that :func:`encode_threshold` does not take, with what was found; None if it does."""
-    found = ", ".join(
-        f"{name} {tuple(t.shape)} {t.dtype} strides {t.stride()} on {t.device}"
-        for name, t in (("u", u_ND), ("W_enc", W_FD), ("b_enc", b_F), ("bar", bar_F))
-    )
+    operands = (u_ND, W_FD, b_F, bar_F)
+    kind: type[Exception] = ValueError
     if u_ND.dtype != W_FD.dtype or u_ND.dtype not in launch.FLOATS:
-        return TypeError(f"u and W_enc must have one type, float32, bfloat16 or float16; got {found}")
-    if b_F.dtype != torch.float32 or bar_F.dtype != torch.float32:
-        return TypeError(f"b_enc and bar must be float32; got {found}")
-    if u_ND.dim() != 2 or W_FD.dim() != 2 or u_ND.shape[1] != W_FD.shape[1]:
-        return ValueError(f"u must be [N, D] and W_enc [F, D]; got {found}")
-    if b_F.shape != W_FD.shape[:1] or bar_F.shape != W_FD.shape[:1]:
-        return ValueError(f"b_enc and bar must be [F]; got {found}")
-    if len({t.device for t in (u_ND, W_FD, b_F, bar_F)}) > 1:
-        return ValueError(f"u, W_enc, b_enc and bar must lie on one device; got {found}")
-    if not all(t.is_contiguous() for t in (u_ND, W_FD, b_F, bar_F)):
-        return ValueError(f"u, W_enc, b_enc and bar must be contiguous; got {found}")
-    if not 1 <= W_FD.shape[1] <= launch.MAX_WIDTH or not 1 <= len(W_FD) < 2**31 - TILE or len(u_ND) >= 2**31:
-        return ValueError(f"N and F must be below 2^31, D must lie in 1..{launch.MAX_WIDTH}, F not be 0; got {found}")
-    return None
+        kind, rule = TypeError, "u and W_enc must have one type, float32, bfloat16 or float16"
+    elif b_F.dtype != torch.float32 or bar_F.dtype != torch.float32:
+        kind, rule = TypeError, "b_enc and bar must be float32"
+    elif u_ND.dim() != 2 or W_FD.dim() != 2 or u_ND.shape[1] != W_FD.shape[1]:
+        rule = "u must be [N, D] and W_enc [F, D]"
+    elif b_F.shape != W_FD.shape[:1] or bar_F.shape != W_FD.shape[:1]:
+        rule = "b_enc and bar must be [F]"
+    elif len({t.device for t in operands}) > 1:
+        rule = "u, W_enc, b_enc and bar must lie on one device"
+    elif not all(t.is_contiguous() for t in operands):
+        rule = "u, W_enc, b_enc and bar must be contiguous"
+    elif not 1 <= W_FD.shape[1] <= launch.MAX_WIDTH or not 1 <= len(W_FD) < 2**31 - TILE or len(u_ND) >= 2**31:
+        rule = f"N and F must be below 2^31, D must lie in 1..{launch.MAX_WIDTH}, F must not be 0"
+    else:
+        return None
+    return kind(f"{rule}; got {launch.described(u=u_ND, W_enc=W_FD, b_enc=b_F, bar=bar_F)}")
 
 
 def _words_fused(u_nD: Tensor, W_FD: Tensor, b_P: Tensor, bar_P: Tensor, fused: Fused, out_nW: Tensor) -> None:
     """Path A. ``b_P`` and ``bar_P`` reach to the end of the last tile."""
     (n_tokens, width), n_latents = u_nD.shape, len(W_FD)
     n_tiles = len(b_P) // fused.latents
-    programs = triton.cdiv(n_tokens, fused.rows) * n_tiles
+    programs = launch.cdiv(n_tokens, fused.rows) * n_tiles
     if u_nD.is_cuda:
         n_sms = torch.cuda.get_device_properties(u_nD.device).multi_processor_count
         programs = min(programs, fused.programs * n_sms)
@@ -266,7 +266,7 @@ def _words_blocks(u_nD: Tensor, W_FD: Tensor, b_P: Tensor, bar_P: Tensor, out_nW
             h_np = buffer[: len(u) * len(W_pD)].view(len(u), len(W_pD))
             _product(u, W_pD, h_np)
             with torch.cuda.device_of(u_nD):
-                _bits_kernel[(len(u), triton.cdiv(n_words, WORDS))](
+                _bits_kernel[(len(u), launch.cdiv(n_words, WORDS))](
                     h_np, b_P, bar_P, out_nW[start : start + rows], first // WORD, first // WORD + n_words,
                     out_nW.shape[1], len(W_pD), len(W_FD), WORDS=WORDS, num_warps=4,
                 )  # fmt: skip
@@ -275,7 +275,7 @@ def _words_blocks(u_nD: Tensor, W_FD: Tensor, b_P: Tensor, bar_P: Tensor, out_nW
 def _entries(u_nD: Tensor, W_FD: Tensor, b_F: Tensor, bar_F: Tensor, words_nW: Tensor) -> Sparse:
     """Steps 2 to 4. The host waits for the number of entries."""
     n_tokens, n_words = words_nW.shape
-    walk = min(MAX_WALK, triton.next_power_of_2(n_words))
+    walk = min(MAX_WALK, launch.power_of_2(n_words))
     device, width = u_nD.device, u_nD.shape[1]
     counts_n = torch.empty(n_tokens, dtype=torch.int64, device=device)
     offsets_n1 = torch.zeros(n_tokens + 1, dtype=torch.int64, device=device)
@@ -290,7 +290,7 @@ def _entries(u_nD: Tensor, W_FD: Tensor, b_F: Tensor, bar_F: Tensor, words_nW: T
             _walk_kernel[(n_tokens,)](words_nW, offsets_n1, indices_e, n_words, **options)
             _values_kernel[(n_tokens,)](
                 u_nD, W_FD, b_F, bar_F, offsets_n1, indices_e, values_e, width,
-                ROWS=launch.ROWS, CHANNELS=min(CHANNELS, max(16, triton.next_power_of_2(width))), num_warps=1,
+                ROWS=launch.ROWS, CHANNELS=min(CHANNELS, max(16, launch.power_of_2(width))), num_warps=1,
             )  # fmt: skip
     return Sparse(values_e, indices_e, offsets_n1)
 

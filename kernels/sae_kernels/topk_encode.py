@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sae_kernels import topk_select
+from sae_kernels import launch, topk_select
 from sae_kernels.prepared import TILE, PreparedEncoder, prepare
 from sae_kernels.topk_select import INTERPRETED, _keys, _store_largest
 
@@ -110,7 +110,7 @@ def plan(
         raise ValueError(f"path must be auto, A, B or C, got {path!r}")
     if R is not None and not (1 <= R <= min(bn, 32) and R & (R - 1) == 0):
         raise ValueError(f"R must be a power of two from 1 to {min(bn, 32)}, got {R}")
-    n_tiles = triton.cdiv(n_latents, bn)
+    n_tiles = launch.cdiv(n_latents, bn)
     r = R or (8 if exact or missed_share(n_tiles, k, 4) > MISSED else 4)
     if n_tiles * r < 4 * k:
         reason = f"{n_tiles} tiles of {r} candidates are fewer than 4 K = {4 * k}"
@@ -196,7 +196,7 @@ def _candidates_bulk(u_nD: Tensor, prepared: PreparedEncoder, r: int, fused: Fus
     (n_tokens, width), n_tiles = u_nD.shape, prepared.n_tiles
     if width * u_nD.element_size() % 16 or u_nD.data_ptr() % 16:
         raise ValueError(f"bulk loads want rows of a multiple of 16 bytes; got u {tuple(u_nD.shape)} {u_nD.dtype}")
-    total = triton.cdiv(n_tokens, fused.rows) * n_tiles
+    total = launch.cdiv(n_tokens, fused.rows) * n_tiles
     with torch.cuda.device_of(u_nD):
         _bulk_kernel[(min(total, fused.programs or total),)](
             TensorDescriptor.from_tensor(u_nD, [fused.rows, fused.channels]),
@@ -212,7 +212,7 @@ def _candidates_fused(u_nD: Tensor, prepared: PreparedEncoder, r: int, fused: Fu
         return _candidates_bulk(u_nD, prepared, r, fused, out_nC)
     (n_tokens, width), n_tiles = u_nD.shape, prepared.n_tiles
     with torch.cuda.device_of(u_nD):
-        _fused_kernel[(triton.cdiv(n_tokens, fused.rows) * n_tiles,)](
+        _fused_kernel[(launch.cdiv(n_tokens, fused.rows) * n_tiles,)](
             u_nD, prepared.W_PD, prepared.b_P, out_nC, n_tokens, n_tiles, width,
             BM=fused.rows, BN=prepared.tile, BK=fused.channels, R=r, GROUP=fused.group,
             WHOLE=width % fused.channels == 0, INTERPRETED=INTERPRETED, num_warps=fused.warps, num_stages=fused.stages,

@@ -193,7 +193,7 @@ def select_block(h_nP: Tensor, b_P: Tensor, candidates_NC: Tensor, first_tile: i
     ``candidates_NC``: int32, contiguous, [n, T * R]; its entries of other tiles are left alone.
     """
     n_rows, block_tiles = len(h_nP), h_nP.shape[1] // bn
-    grid = (triton.cdiv(n_rows, BLOCK_ROWS), triton.cdiv(block_tiles, BLOCK_TILES))
+    grid = (launch.cdiv(n_rows, BLOCK_ROWS), launch.cdiv(block_tiles, BLOCK_TILES))
     with torch.cuda.device_of(h_nP):
         _block_kernel[grid](
             h_nP, b_P, candidates_NC[:, first_tile * r :], n_rows, block_tiles, candidates_NC.shape[1] // r,
@@ -203,10 +203,10 @@ def select_block(h_nP: Tensor, b_P: Tensor, candidates_NC: Tensor, first_tile: i
 
 def slices(n_candidates: int) -> tuple[int, int, int]:
     """(candidates per slice, slices, warps) of the row selection."""
-    block = max(32, triton.next_power_of_2(n_candidates))
+    block = max(32, launch.power_of_2(n_candidates))
     if block > MAX_SLICE:  # the loops over slices need registers of their own
         block = max(32, MAX_SLICE // 2)
-    return block, triton.cdiv(n_candidates, block), max(1, block // PER_WARP)
+    return block, launch.cdiv(n_candidates, block), max(1, block // PER_WARP)
 
 
 def select_rows(
@@ -222,7 +222,7 @@ def select_rows(
     with torch.cuda.device_of(candidates_NC):
         _select_kernel[(n_tokens,)](
             candidates_NC, values_NK, indices_NK, flags_N, n_candidates, n_candidates // r, n_latents, k,
-            BN=bn, R=r, BLOCK=block, SLICES=n_slices, FILL=min(256, triton.next_power_of_2(k)), num_warps=warps,
+            BN=bn, R=r, BLOCK=block, SLICES=n_slices, FILL=min(256, launch.power_of_2(k)), num_warps=warps,
         )  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def gathered_values(
     (n_tokens, n_slots), width = indices_NK.shape, u_ND.shape[1]
     size = launch.blocks(width)
     with torch.cuda.device_of(u_ND):
-        _values_kernel[(n_tokens, triton.cdiv(n_slots, launch.ROWS))](
+        _values_kernel[(n_tokens, launch.cdiv(n_slots, launch.ROWS))](
             u_ND, W_PD, b_P, indices_NK, values_NK, n_slots, len(W_PD) // bn, width,
             BN=bn, ROWS=launch.ROWS, CHANNELS=size.channels, num_warps=size.warps,
         )  # fmt: skip
