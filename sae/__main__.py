@@ -13,6 +13,7 @@ _COMMANDS = {
     "assets": ("sae.__main__", "assets_main", "fetch the embedded model and texts; print paths, sizes, licences"),
     "train": ("sae.train_door", "main", "train SAEs, several from one stream; --plan predicts time, memory, disk"),
     "convert": ("sae.convert", "main", "write an SAE in another format, self-checked"),
+    "scaling": ("sae.scaling_door", "main", "train a grid over width and k, fit the scaling laws, plot them"),
     "inspect": ("sae.__main__", "inspect_main", "say what an SAE of any format or an artefact folder holds"),
 }
 _USAGE = "usage: python -m sae COMMAND [options]\n\ncommands:\n" + "\n".join(
