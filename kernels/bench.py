@@ -6,14 +6,18 @@ floor that they set, over the time. A script and no module: ``kernels`` is the n
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import bench_common
 import bench_ops
 import bench_step
+import bench_summary
 import torch
 
 SUITES = ("ceilings", "topk", "ops", "decode", "step")
+CPU_LATENTS = (4_608, 9_216)
+"""The quick preset's SAE, and the size of the figures to reach on a CPU."""
 
 
 def gpu(bench: bench_common.Bench, suites: list[str], sizes: list[tuple[int, int, int, int]], dtype: str) -> None:
@@ -27,8 +31,8 @@ def gpu(bench: bench_common.Bench, suites: list[str], sizes: list[tuple[int, int
             bench_step.run(bench, shape)
         torch.cuda.empty_cache()
     for number, shape in enumerate(sizes):
-        parts = [bench_ops.encoder, bench_ops.decode_error, bench_ops.weight_gradients] if "ops" in suites else []
-        for part in parts:
+        parts = (bench_ops.encoder, bench_ops.threshold, bench_ops.decode_error, bench_ops.weight_gradients)
+        for part in parts if "ops" in suites else ():
             with bench.guard(f"{part.__name__} at N = {shape[0]}"):
                 part(bench, shape)
             torch.cuda.empty_cache()
@@ -58,26 +62,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, nargs="+", help="tokens; on a GPU two sizes by default")
     parser.add_argument("--k", type=int, default=32, help="active latents per token")
-    parser.add_argument("--f", type=int, help="latents")
+    parser.add_argument("--f", type=int, nargs="+", help="latents; on a CPU two sizes by default")
     parser.add_argument("--d", type=int, help="channels")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the sparse decode")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES), help="parts to run")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls per row (long ones fewer)")
+    parser.add_argument("--busy", action="store_true", help="CPU: one thread, processor time, for a shared machine")
     parser.add_argument("--seconds", type=float, default=150.0, help="slow baselines are left out when this runs short")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "results" / "kernels.csv")
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    tokens, f, d = args.n or ([8_192, 32_768] if on_gpu else [4_096]), args.f or (32_768 if on_gpu else 4_608), args.d
-    d = d or (768 if on_gpu else 576)
-    if not 1 <= args.k <= f or min(*tokens, d) < 1 or args.repeats < 2:
+    tokens = args.n or ([8_192, 32_768] if on_gpu else [4_096])
+    latents = args.f or ([32_768] if on_gpu else CPU_LATENTS)
+    d = args.d or (768 if on_gpu else 576)
+    if not 1 <= args.k <= min(latents) or min(*tokens, d) < 1 or args.repeats < 2:
         parser.error("sizes must be positive, k at most f, repeats at least 2")
+    if args.busy:
+        torch.set_num_threads(1)
     bench_common.check_file(args.out)
-    bench = bench_common.Bench(device, args.repeats, args.seconds)
-    sizes = [(n, args.k, f, d) for n in tokens]
+    clock = time.process_time if args.busy else time.perf_counter
+    bench = bench_common.Bench(device, args.repeats, args.seconds, clock=clock)
+    sizes = [(n, args.k, f, d) for f in latents for n in tokens]
     (gpu if on_gpu else cpu)(bench, args.suite, sizes, args.dtype or ("bfloat16" if on_gpu else "float32"))
     bench_common.append(args.out, bench.rows)
+    print("\n".join(bench_summary.ratios(bench.rows)))
     print(f"{len(bench.rows)} rows -> {args.out}, {bench.seconds - bench.left:.0f} s")
     if bench.failures:
         raise SystemExit("not measured:\n" + "\n".join(bench.failures))

@@ -4,6 +4,7 @@ A plain module beside the scripts, found because a script's own folder is on the
 """
 
 import csv
+import gc
 import importlib.metadata
 import platform
 import statistics
@@ -26,6 +27,8 @@ COLUMNS = (
 FLUSH_BYTES = 256 * 2**20
 """Written before each call that is timed with a cold cache; several times an L2."""
 WARMUPS = 2
+QUEUE_CYCLES = 4_000_000
+"""The GPU sleeps this long (2 ms) before each call that is timed as queued, so that the host is ahead of it."""
 INSTRUCTIONS_PER_SM = 29.7e12 / 132
 """Thread instructions a second of a multiprocessor: 128 lanes at 1.755 GHz (H100)."""
 
@@ -46,6 +49,8 @@ class Bench:
     failures: list[str] = field(default_factory=list)
     """What could not be measured, or gave wrong numbers."""
     started: float = field(default_factory=time.monotonic)
+    clock: Callable[[], float] = time.perf_counter
+    """Seconds, on a CPU. Processor time on one thread tells the same where other work shares the machine."""
 
     @property
     def left(self) -> float:
@@ -82,16 +87,19 @@ class Bench:
     def run(
         self, kernel: str, calls: Mapping[str, Callable[[], object]], shape: tuple[int, int, int, int], dtype: str, *,
         mode: str = "forward", cold: bool = False, flop: float = 0.0, moved: float = 0.0, floor_ms: float = 0.0,
-        repeats: int | None = None,
+        repeats: int | None = None, queued: bool = False,
     ) -> dict[str, float]:  # fmt: skip
         """Time the calls by turns and add a row for each; p50 in ms by provider. ``shape`` = (N, K, F, D).
+
+        ``queued``: the GPU's time alone, as in a training step, where the host is ahead; otherwise a call of many short
+        kernels lasts as long as the host needs to launch them.
 
         ``flop`` and ``moved`` are the useful work of the operation, the same for all providers, so that their rates
         compare. Peak memory is what a call takes beyond what was there before it.
         """
         repeats = repeats or self.repeats
         peaks = {name: self._peak_mib(call) for name, call in calls.items()}
-        times = self._alternate(calls, repeats, cold)
+        times = self._alternate(calls, repeats, cold, queued)
         medians = {}
         for name in calls:
             p20, p50, p80 = (statistics.quantiles(times[name], n=10, method="inclusive")[i] for i in (1, 4, 7))
@@ -111,6 +119,7 @@ class Bench:
         if not self.cuda:
             call()
             return ""
+        gc.collect()  # what an earlier call left in a cycle must not be freed during this one
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -119,16 +128,16 @@ class Bench:
         return round((torch.cuda.max_memory_allocated(self.device) - before) / 2**20, 1)
 
     def _alternate(
-        self, calls: Mapping[str, Callable[[], object]], repeats: int, cold: bool
+        self, calls: Mapping[str, Callable[[], object]], repeats: int, cold: bool, queued: bool
     ) -> dict[str, list[float]]:
         """ms of each call; on a GPU by events, read when all are done."""
         if not self.cuda:
             found: dict[str, list[float]] = {name: [] for name in calls}
             for _ in range(repeats):
                 for name, call in calls.items():
-                    began = time.perf_counter()
+                    began = self.clock()
                     call()
-                    found[name].append(1e3 * (time.perf_counter() - began))
+                    found[name].append(1e3 * (self.clock() - began))
             return found
         trash = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=self.device) if cold else None
         events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
@@ -136,6 +145,8 @@ class Bench:
             for name, call in calls.items():
                 if trash is not None:
                     trash.zero_()
+                if queued:
+                    torch.cuda._sleep(QUEUE_CYCLES)
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record()
                 call()
@@ -153,7 +164,7 @@ def _four(value: float) -> str:
 def line(row: Mapping[str, object]) -> str:
     """A row for people."""
     shape = f"N{row['n_tokens']} K{row['k']} F{row['d_sae']} D{row['d_in']} {row['dtype']}"
-    parts = [f"{row['kernel']:14}{row['provider']:16}{row['mode']:18}{shape:38}"]
+    parts = [f"{row['kernel']:14}{row['provider']:16}{row['mode']:25}{shape:38}"]
     parts.append(f"p20 {row['p20_ms']}  p50 {row['p50_ms']}  p80 {row['p80_ms']} ms")
     for name, unit in (("peak_mib", "MiB"), ("tflops", "TFLOP/s"), ("tbs", "TB/s"), ("share", "of the floor")):
         parts += [f"{row[name]} {unit}"] if row[name] not in ("", None) else []

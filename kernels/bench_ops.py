@@ -181,3 +181,62 @@ def decode(bench: bench_common.Bench, shape: tuple[int, int, int, int], dtype: s
     moved = float(size) * n * d * (k + 1)
     bench.run("sparse_decode", forward, shape, dtype, cold=True, moved=moved, floor_ms=bench.floor_ms(moved=moved))
     bench.run("sparse_decode", both, shape, dtype, mode="forward+backward", cold=True)
+    if bench.cuda:
+        bench.run("sparse_decode", both, shape, dtype, mode="forward+backward queued", cold=True, queued=True)
+        decode_parts(bench, shape, (values_NK, indices_NK, W_FD, upstream_ND))
+
+
+def decode_parts(bench: bench_common.Bench, shape: tuple[int, int, int, int], operands: tuple[Tensor, ...]) -> None:
+    """What the backward pass of a sparse decode consists of; CUDA alone."""
+    from sae_kernels import dual_grad, sparse_grad
+
+    values_NK, indices_NK, W_FD, upstream_ND = operands
+    work = dual_grad.worklist(values_NK, indices_NK, len(W_FD))
+    calls: dict[str, Callable[[], object]] = {
+        "values": lambda: sparse_grad.values_gradient(upstream_ND, indices_NK, W_FD),
+        "worklist": lambda: dual_grad.worklist(values_NK, indices_NK, len(W_FD)),
+        "weights": lambda: dual_grad.single_gradient(work, values_NK, upstream_ND, W_FD.dtype),
+    }
+    bench.run("decode_parts", calls, shape, str(W_FD.dtype).removeprefix("torch."), mode="queued", cold=True,
+              queued=True)  # fmt: skip
+
+
+def threshold(bench: bench_common.Bench, shape: tuple[int, int, int, int]) -> None:
+    """Threshold encoder at K and at 2.7 K entries a token (BatchTopK's candidates, KERNELS 6), and what comes after."""
+    from sae_kernels import threshold_encode
+
+    n, k, f, d = shape
+    u_ND = torch.randn(n, d, device=bench.device).bfloat16()
+    W_FD = torch.nn.functional.normalize(torch.randn(f, d, device=bench.device), dim=1).bfloat16()
+    b_F = torch.zeros(f, device=bench.device)
+    for active in (k, round(2.7 * k)):
+        bar_F = torch.full_like(b_F, float(torch.special.ndtri(torch.tensor(1.0 - active / f))))
+        want = (u_ND[:256].double() @ W_FD.double().t() > bar_F).sum(1).double()
+        calls: dict[str, Callable[[], object]] = {}
+        for path in ("A", "B"):
+            with bench.guard(f"threshold encoder path {path}"):
+                found = threshold_encode.encode_threshold(u_ND, W_FD, b_F, bar_F, path=path)
+                bench_common.near(f"threshold path {path}", found.offsets_N1.diff()[:256].double(), want, 1e-3)
+                calls[f"path-{path}"] = lambda p=path, bar=bar_F: threshold_encode.encode_threshold(
+                    u_ND, W_FD, b_F, bar, path=p
+                )
+
+        def dense(bar_F: Tensor = bar_F) -> tuple[Tensor, Tensor]:
+            h_NF = torch.nn.functional.linear(u_ND, W_FD)
+            flat_E = (h_NF > bar_F).view(-1).nonzero().squeeze(1)
+            return h_NF.view(-1)[flat_E], flat_E
+
+        calls["linear+nonzero"] = dense
+        floor = bench.floor_ms(2.0 * n * f * d, n * f / 4 + 2.0 * n * active * d, 7.7 * n * f)
+        bench.run("encode_threshold", calls, (n, active, f, d), "bfloat16", cold=True, flop=2.0 * n * f * d,
+                  floor_ms=floor, repeats=min(bench.repeats, 10))  # fmt: skip
+    entries = ops.Entries(*found)._replace(values_E=found.values_E.bfloat16())
+    v_E, w_FD = entries.values_E.requires_grad_(), W_FD.clone().requires_grad_()
+    both = {
+        name: lambda name=name: torch.autograd.grad(
+            ops.decode_entries(entries._replace(values_E=v_E), w_FD, name), (v_E, w_FD), u_ND
+        )
+        for name in ("torch", "triton")
+    }
+    bench.run("decode_entries", both, (n, active, f, d), "bfloat16", mode="forward+backward queued", cold=True,
+              queued=True)  # fmt: skip

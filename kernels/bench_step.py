@@ -139,6 +139,13 @@ def providers(bench: bench_common.Bench, n_ND: Tensor, k: int, f: int) -> list[P
     return agreeing
 
 
+def product_and_topk(n_ND: Tensor, p: Parameters, k: int) -> None:
+    """What no step can do without: the product as ours computes it, in blocks of one buffer, and ``torch.topk``."""
+    with torch.no_grad():
+        for h_nF, _ in ops._blocks(n_ND - p[3], p[0].detach(), p[1].detach()):
+            torch.topk(h_nF, k, dim=1)
+
+
 def run(bench: bench_common.Bench, shape: tuple[int, int, int, int]) -> None:
     """Rows ``topk_step`` at (N, K, F, D), modes forward+backward and step."""
     n, k, f, d = shape
@@ -150,6 +157,8 @@ def run(bench: bench_common.Bench, shape: tuple[int, int, int, int]) -> None:
     for mode, extra in (("forward+backward", 0.0), ("step", written)):
         floor_ms = bench.floor_ms(flop, gathered + extra, 20.6 * n * f)
         calls = {p.name: p.forward_backward if mode == "forward+backward" else p.step for p in made}
+        if not bench.cuda:
+            calls["product+topk"] = lambda: product_and_topk(n_ND, made[0].p, k)
         bench.run(
             "topk_step", calls, shape, dtype, mode=mode, flop=flop + 8.0 * n * k * d, floor_ms=floor_ms,
             repeats=min(bench.repeats, 10),

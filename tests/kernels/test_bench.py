@@ -23,14 +23,16 @@ def test_rows_are_appended(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         with open(out, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == 8 * runs, "dense and torch, two operations in two modes; the others only on a GPU"
+        assert len(rows) == 10 * runs, "dense and torch, two operations in two modes, and what a step cannot do without"
     assert {(row["kernel"], row["provider"], row["mode"]) for row in rows} == {
         *(("sparse_decode", p, m) for p in ("dense", "torch") for m in ("forward", "forward+backward")),
-        *(("topk_step", p, m) for p in ("dense", "torch") for m in ("forward+backward", "step")),
+        *(("topk_step", p, m) for p in ("dense", "torch", "product+topk") for m in ("forward+backward", "step")),
     }
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
         assert row["device"] and row["d_sae"] == "16"
+    assert "sparse_decode forward+backward: dense / torch = " in done.stdout
+    assert "topk_step forward+backward: product+topk / torch = " in done.stdout
 
 
 def test_sizes_are_checked(tmp_path: Path) -> None:
