@@ -32,7 +32,7 @@ from autointerp.llm_requests import (
     request_dict,
     request_key,
 )
-from autointerp.records import Failure
+from autointerp.records import ANSWER_CODES, Failure
 from autointerp.reply_cache import ReplyCache
 from sae.config import from_dict, require, to_dict
 from sae.console import progress
@@ -124,6 +124,11 @@ def expected_tokens(client: Client, request: Request) -> int:
             return len(request.ids)
 
 
+def recalled(kind: type[R], stored: Mapping[str, Any]) -> R | Failure:
+    """What the reply cache holds as the answer it was."""
+    return from_dict(Failure, stored["failure"]) if "failure" in stored else from_dict(kind, stored)
+
+
 def _shifted(on_reply: OnReply, start: int) -> OnReply:
     return lambda i, answer: on_reply(start + i, answer)
 
@@ -133,7 +138,8 @@ class CachedClient:
 
     ``max_tokens`` bounds prompt + output tokens that this object lets be sent. Every request is reserved at its upper
     estimate first; what does not fit is not sent, what was sent is stored, then :class:`BudgetExceeded` is raised, so
-    the same command with a larger budget goes on from there. Failures are never stored.
+    the same command with a larger budget goes on from there. Of the failures those are stored that were an answer (a
+    refusal, an empty one); what got no answer is asked again by the next run.
     """
 
     def __init__(
@@ -182,7 +188,7 @@ class CachedClient:
         answers: dict[str, Any] = {}
         stored = self.cache.get_many(keys) if self.cache is not None else {}
         for key, value in stored.items():
-            answers[key] = from_dict(kind, value)
+            answers[key] = recalled(kind, value)
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in answers}  # equal requests: sent once
         if missing:
             self._send(missing, send, answers)
@@ -215,10 +221,14 @@ class CachedClient:
                     answers[keys[i]] = answer
                     bar.advance()
                     if isinstance(answer, Failure):
-                        return
-                    self.spent_tokens += answer.usage.total_tokens
+                        if answer.code not in ANSWER_CODES:
+                            return
+                        stored: dict[str, Any] = {"failure": to_dict(answer)}
+                    else:
+                        self.spent_tokens += answer.usage.total_tokens
+                        stored = to_dict(answer)
                     if self.cache is not None:
-                        self.cache.put(keys[i], to_dict(answer), request=request_dict(missing[keys[i]]))
+                        self.cache.put(keys[i], stored, request=request_dict(missing[keys[i]]))
 
                 with self.cache.batch(atomic=self.capabilities.local) if self.cache is not None else nullcontext():
                     replies = send([missing[k] for k in round_keys], on_reply=keep)

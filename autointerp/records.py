@@ -19,6 +19,9 @@ NEGATIVE_KINDS = ("silent", "same_token", "co_occurring", "decoder_near")
 TRANSPORT_CODES = frozenset({"timeout", "rate_limited", "server_error", "connection"})
 """The request got no reply at all; asked again, it may."""
 
+ANSWER_CODES = frozenset({"refusal", "empty", "truncated"})
+"""The model did answer, and was paid for it, but there is nothing to read: asked again, it would say the same."""
+
 FAILURE_CODES = frozenset(
     # transport
     "timeout rate_limited server_error connection quota_exhausted auth budget_stop prompt_too_long unsupported "

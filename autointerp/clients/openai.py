@@ -7,14 +7,11 @@ the run with one error once the replies in flight have been handed over. Importi
 
 import asyncio
 import json
-import math
 import os
 import re
-import threading
 import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from autointerp.client import (
@@ -23,6 +20,7 @@ from autointerp.client import (
     Identity,
     LogprobReply,
     LogprobRequest,
+    Message,
     NextTokenRequest,
     OnReply,
     Reply,
@@ -30,65 +28,19 @@ from autointerp.client import (
     check_capability,
 )
 from autointerp.records import Failure
+from autointerp.retries import KEY_VARIABLE, MAX_DETAIL_CHARS, Gate, Retries, Retry, retry_after_s, run_to_end, scrub
 from sae.errors import BudgetExceeded, ConfigError, MissingExtra, SaescopeError
 from sae.manifest import rng
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 TOP_LOGPROBS = 20
-DEAD_AFTER_REQUESTS = 8
-"""So many requests in a row given up without any answer mean that the server is gone."""
-MAX_DETAIL_CHARS = 300
+DEAD_AFTER_ATTEMPTS = 48
+"""After so many attempts in a row without any answer, of whatever requests, the server is asked a trivial question."""
+CANARY = GenerateRequest(messages=(Message(role="user", content="Answer with the word yes."),), max_tokens=8)
 MAX_WARMUP_TEXTS = 8
 
 Structured = Literal["json_schema", "json_object", "parse"]
 _WEAKER: dict[Structured, Structured] = {"json_schema": "json_object", "json_object": "parse"}
-
-
-@dataclass(frozen=True)
-class Retries:
-    """How long to insist on one request."""
-
-    attempts: int = 6
-    first_delay_s: float = 1.0
-    """Doubles per attempt; the wait is uniform between 0 and it (full jitter)."""
-    max_delay_s: float = 60.0
-    total_s: float = 600.0
-
-
-class _Retry(Exception):
-    """Try again: a transport trouble with its failure code."""
-
-    def __init__(self, code: str, detail: str, after_s: float | None = None) -> None:
-        super().__init__(detail)
-        self.code, self.after_s = code, after_s
-
-
-class _Gate:
-    """At most ``limit`` requests in flight: halved when the server says 429, raised by one per round of successes."""
-
-    def __init__(self, most: int, calm_s: float) -> None:
-        self.most, self.limit, self.calm_s = most, float(most), calm_s
-        self.running, self.last_cut = 0, -math.inf
-        self.changed = asyncio.Condition()
-
-    async def __aenter__(self) -> None:
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.running < int(self.limit))
-            self.running += 1
-
-    async def __aexit__(self, *_: object) -> None:
-        async with self.changed:
-            self.running -= 1
-            self.changed.notify_all()
-
-    def success(self) -> None:
-        self.limit = min(float(self.most), self.limit + 1 / self.limit)
-
-    def too_fast(self) -> None:
-        now = time.monotonic()
-        if now - self.last_cut >= self.calm_s:  # one burst of 429s is one signal
-            self.limit, self.last_cut = max(1.0, self.limit / 2), now
 
 
 class OpenAIClient:
@@ -130,10 +82,12 @@ class OpenAIClient:
         self.capabilities = Capabilities(next_token=next_token, structured=structured, context_tokens=context_tokens)
         self._fatal: SaescopeError | None = None
         self._unanswered = 0
+        self._probing, self._open = asyncio.Lock(), asyncio.Event()
+        """Held while the server is asked whether it is alive; set while requests may go out."""
 
     def generate(self, requests: Sequence[GenerateRequest], on_reply: OnReply | None = None) -> list[Reply | Failure]:
         """See :class:`autointerp.client.Client`."""
-        return _run(self._all(requests, on_reply))
+        return run_to_end(self._all(requests, on_reply))
 
     def logprobs(
         self, requests: Sequence[LogprobRequest], on_reply: OnReply | None = None
@@ -141,12 +95,14 @@ class OpenAIClient:
         """First-token log-probabilities only, from the server's top 20; what is not among them is None."""
         for verb in sorted({r.verb for r in requests}):
             check_capability(self, verb, "this run")
-        return _run(self._all(requests, on_reply))
+        return run_to_end(self._all(requests, on_reply))
 
     async def _all(self, requests: Sequence[Any], on_reply: OnReply | None) -> list[Any]:
         self._fatal, self._unanswered = None, 0
+        self._probing, self._open = asyncio.Lock(), asyncio.Event()
+        self._open.set()
         answers: dict[int, Any] = {}
-        gate = _Gate(self.concurrency, self.retries.first_delay_s)
+        gate = Gate(self.concurrency, self.retries.first_delay_s)
         key = os.environ.get(KEY_VARIABLE) or "none"
         async with self._sdk.AsyncOpenAI(
             api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout_s
@@ -168,38 +124,68 @@ class OpenAIClient:
             raise self._fatal
         return [answers[i] for i in range(len(requests))]
 
-    async def _insist(self, sdk: Any, gate: _Gate, request: Any, index: int) -> Any:
+    async def _insist(self, sdk: Any, gate: Gate, request: Any, index: int) -> Any:
         """Reply or failure; None once the run is to stop."""
+        try:
+            return await self._tries(sdk, gate, request, index)
+        except SaescopeError as error:
+            self._fatal = self._fatal or error
+            return None
+        except Retry as error:
+            detail = f"{self.retries.attempts} attempts: {error}"
+            return Failure(code=error.code, stage=request.verb, detail=detail)
+
+    async def _tries(self, sdk: Any, gate: Gate, request: Any, index: int) -> Any:
+        """Reply or failure; None once the run is to stop. Raises the last :class:`Retry` where all attempts failed,
+        and :class:`SaescopeError` where going on is pointless."""
         started = time.monotonic()
-        trouble = _Retry("connection", "not sent")
         for attempt in range(self.retries.attempts):
             try:
-                async with gate:
+                # The canary needs no place: the others keep theirs while they wait for its answer.
+                async with nullcontext() if request is CANARY else gate:
+                    if request is not CANARY:
+                        await self._open.wait()
                     if self._fatal is not None:
                         return None
                     answer = await self._once(sdk, request)
                 gate.success()
                 self._unanswered = 0
                 return answer
-            except _Retry as error:
-                trouble = error
+            except Retry as error:
                 if error.code == "rate_limited":
                     gate.too_fast()
+                if request is not CANARY:
+                    self._unanswered += 1
+                    if self._unanswered >= DEAD_AFTER_ATTEMPTS:
+                        await self._see_whether_dead(sdk, gate, error)
+                wait_s = self._wait_s(index, attempt, error.after_s)
+                last = attempt == self.retries.attempts - 1
+                if last or time.monotonic() - started + wait_s > self.retries.total_s:
+                    raise
+            await asyncio.sleep(wait_s)
+        return None
+
+    async def _see_whether_dead(self, sdk: Any, gate: Gate, trouble: Retry) -> None:
+        """Stop the run if not even a trivial question gets an answer; else those requests were bad by themselves.
+
+        A resumed run may hold nothing but such requests, and must come to its end.
+        """
+        async with self._probing:
+            if self._unanswered < DEAD_AFTER_ATTEMPTS or self._fatal is not None:
+                return  # another request has found out
+            said, n = f"{trouble.code}, {trouble}", self._unanswered
+            self._open.clear()
+            try:
+                await self._tries(sdk, gate, CANARY, -1)
             except SaescopeError as error:
                 self._fatal = self._fatal or error
-                return None
-            wait_s = self._wait_s(index, attempt, trouble.after_s)
-            last = attempt == self.retries.attempts - 1
-            if last or time.monotonic() - started + wait_s > self.retries.total_s:
-                break
-            await asyncio.sleep(wait_s)
-        self._unanswered += 1
-        if self._unanswered >= DEAD_AFTER_REQUESTS and self._fatal is None:
-            self._fatal = SaescopeError(
-                f"the server at {self._host(sdk)} gave no usable answer to {self._unanswered} requests in a row "
-                f"(the last: {trouble.code}, {trouble}); see that it runs, then run the same command again"
-            )
-        return Failure(code=trouble.code, stage=request.verb, detail=f"{self.retries.attempts} attempts: {trouble}")
+            except Retry:
+                self._fatal = self._fatal or SaescopeError(
+                    f"the server at {self._host(sdk)} gave no usable answer {n} times in a row "
+                    f"(the last: {said}); see that it runs, then run the same command again"
+                )
+            finally:
+                self._open.set()
 
     def _wait_s(self, index: int, attempt: int, after_s: float | None) -> float:
         ceiling = min(self.retries.max_delay_s, self.retries.first_delay_s * 2**attempt)
@@ -215,9 +201,9 @@ class OpenAIClient:
                 raw = await sdk.chat.completions.with_raw_response.create(**body)
                 text = raw.text
             except self._sdk.APITimeoutError:
-                raise _Retry("timeout", f"no answer within {self.timeout_s:g} s") from None
+                raise Retry("timeout", f"no answer within {self.timeout_s:g} s") from None
             except self._sdk.APIConnectionError as error:
-                raise _Retry("connection", _scrub(error.__cause__ or error)) from None
+                raise Retry("connection", scrub(error.__cause__ or error)) from None
             except self._sdk.APIStatusError as error:
                 if self._adapt(error, request, structured, reasoning):
                     continue
@@ -266,7 +252,7 @@ class OpenAIClient:
 
     def _refused(self, sdk: Any, error: Any, request: Any) -> Failure:
         """A status that is not 2xx: raises to retry or to stop, or is this request's own failure."""
-        status, said = error.status_code, _scrub(error.response.text)
+        status, said = error.status_code, scrub(error.response.text)
         model, host = self.identity.model, self._host(sdk)
         if status == 402 or "insufficient_quota" in said:
             raise BudgetExceeded(
@@ -281,7 +267,7 @@ class OpenAIClient:
             )
         if status in RETRIED_STATUS or status >= 500:
             code = "rate_limited" if status == 429 else "timeout" if status == 408 else "server_error"
-            raise _Retry(code, f"status {status}: {said}", _retry_after_s(error.response.headers))
+            raise Retry(code, f"status {status}: {said}", retry_after_s(error.response.headers))
         code = "unsupported"
         if re.search(r"context.?length|maximum context|too long|too many tokens", said, re.I) or status == 413:
             code = "prompt_too_long"
@@ -301,7 +287,7 @@ def _parse(text: str, request: Any, latency_ms: float) -> Any:
     try:
         data = json.loads(text)
     except ValueError:
-        raise _Retry("server_error", f"the body is not JSON: {_scrub(text)}") from None
+        raise Retry("server_error", f"the body is not JSON: {scrub(text)}") from None
     try:
         if not data["choices"]:
             return Failure(code="empty", stage=request.verb, detail="no choices")
@@ -312,14 +298,14 @@ def _parse(text: str, request: Any, latency_ms: float) -> Any:
         message, finish = choice["message"], choice.get("finish_reason")
         content = message.get("content") or ""
         if message.get("refusal") or finish == "content_filter":
-            return Failure(code="refusal", stage=request.verb, detail=_scrub(message.get("refusal") or finish))
+            return Failure(code="refusal", stage=request.verb, detail=scrub(message.get("refusal") or finish))
         if not isinstance(content, str):
             raise TypeError("content is no text")
         if not content.strip():
             return Failure(code="truncated" if finish == "length" else "empty", stage=request.verb, detail="no text")
         return Reply(text=content, finish_reason="length" if finish == "length" else "stop", usage=usage)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        detail = f"not a chat completion ({type(error).__name__}: {error}): {_scrub(text)}"
+        detail = f"not a chat completion ({type(error).__name__}: {error}): {scrub(text)}"
         return Failure(code="schema", stage=request.verb, detail=detail[:MAX_DETAIL_CHARS])
 
 
@@ -339,54 +325,6 @@ def _top_logprobs(choice: Any, request: NextTokenRequest, usage: Usage) -> Logpr
     if not found:
         return Failure(code="unsupported", stage=request.verb, detail="the server listed no log-probabilities")
     return LogprobReply(rows=(tuple(found.get(c) for c in request.choices),), usage=usage)
-
-
-def _retry_after_s(headers: Any) -> float | None:
-    """Seconds to wait by ``Retry-After`` (seconds or a date), if the server says."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _scrub(said: object) -> str:
-    """A server's words without anything that looks like a key, one line, cut."""
-    text = str(said)
-    key = os.environ.get(KEY_VARIABLE)
-    if key:
-        text = text.replace(key, "[key]")
-    text = re.sub(r"\b(sk|pk|key)-[\w*.-]{6,}", "[key]", text)
-    text = re.sub(r"(?i)bearer\s+\S+", "Bearer [key]", text)
-    return " ".join(text.split())[:MAX_DETAIL_CHARS]
-
-
-def _run(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """Run to the end, also from inside a running event loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    result: dict[str, Any] = {}
-
-    def inside() -> None:
-        try:
-            result["value"] = asyncio.run(work)
-        except BaseException as error:  # handed to the caller's thread
-            result["error"] = error
-
-    thread = threading.Thread(target=inside)
-    thread.start()
-    thread.join()
-    if "error" in result:
-        raise result["error"]
-    return list(result["value"])
 
 
 PLUGIN = OpenAIClient

@@ -16,6 +16,7 @@ from autointerp.client import (
     LogprobRequest,
     OnReply,
     Reply,
+    recalled,
     request_key,
 )
 from autointerp.records import Failure
@@ -73,7 +74,7 @@ class ReplayClient:
                 f"{keys[missing[0]][:16]}..., stage {requests[missing[0]].origin.stage!r}); the prompts or the data "
                 "differ from the recorded run: use the same commit and options, or a live client"
             )
-        answers = [from_dict(kind, found[key]) for key in keys]
+        answers = [recalled(kind, found[key]) for key in keys]
         for i, answer in enumerate(answers):
             if on_reply is not None:
                 on_reply(i, answer)

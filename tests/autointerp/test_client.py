@@ -114,12 +114,25 @@ def test_equal_requests_are_sent_once_and_order_is_kept() -> None:
     assert len(backend.sent) == 2
 
 
-def test_failures_are_never_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["timeout", "rate_limited", "server_error", "connection", "schema", "unsupported"])
+def test_what_got_no_answer_is_not_stored(tmp_path: Path, code: str) -> None:
     cache = ReplyCache(tmp_path / "r.sqlite")
-    failing = ScriptedClient(lambda r: Failure(code="timeout", stage="generate"))
-    assert CachedClient(failing, cache).generate([ask("a")])[0].code == "timeout"
+    failing = ScriptedClient(lambda r: Failure(code=code, stage="generate"))
+    assert CachedClient(failing, cache).generate([ask("a")])[0].code == code
     assert len(cache) == 0
     assert CachedClient(ScriptedClient(lambda r: "now"), cache).generate([ask("a")])[0].text == "now"
+
+
+@pytest.mark.parametrize("code", ["refusal", "empty", "truncated"])
+def test_an_answer_without_a_text_is_paid_for_once_and_can_be_replayed(tmp_path: Path, code: str) -> None:
+    path = tmp_path / "r.sqlite"
+    failure = Failure(code=code, stage="generate", detail="no")
+    first = open_client("scripted", replies=path, answer=lambda r: failure)
+    assert first.generate([ask("a")]) == [failure]
+    first.close()
+    later = open_client("scripted", replies=path, answer=lambda r: "other")
+    assert later.generate([ask("a")]) == [failure] and later.backend.sent == []
+    assert open_client("replay", replies=path).generate([ask("a")]) == [failure]
 
 
 def test_the_budget_stops_cleanly_and_the_run_goes_on_from_there(tmp_path: Path) -> None:
@@ -182,7 +195,7 @@ def test_after_kill_9_the_rest_is_asked_and_nothing_is_lost(tmp_path: Path) -> N
     assert done.returncode == -signal.SIGKILL
     cache = ReplyCache(path)
     kept = len(cache)
-    assert 128 <= kept < 150  # two commits of 64
+    assert kept == 149  # each reply is safe before the next is asked for
     backend = ScriptedClient(lambda r: "R" + r.messages[0].content)
     replies = CachedClient(backend, cache).generate([ask(str(i), max_tokens=4) for i in range(200)])
     assert [r.text for r in replies] == [f"R{i}" for i in range(200)]

@@ -199,8 +199,28 @@ def test_what_cannot_get_better_stops_the_run_once(status, body, kind, said, tmp
 def test_a_dead_server_stops_the_run() -> None:
     with ChatServer(lambda body, n: completion("x")) as server:
         pass  # closed: nobody listens there any more
-    with pytest.raises(SaescopeError, match="8 requests in a row"):
+    with pytest.raises(SaescopeError, match="48 times in a row"):
         server_client(server).generate([ask(str(i)) for i in range(100)])
+
+
+def test_bad_requests_alone_do_not_pass_for_a_dead_server() -> None:
+    """A resumed run asks nothing but what failed before: it must end, not stop at the eighth."""
+
+    def answer(body, n):
+        text = body["messages"][-1]["content"]
+        return Fault("status", status=500, body={}) if text.startswith("bad") else completion("yes")
+
+    with ChatServer(answer) as server:
+        answers = server_client(server).generate([ask(f"bad {i}") for i in range(30)])
+        others = {b["messages"][-1]["content"] for b in server.bodies if not b["messages"][-1]["content"][:3] == "bad"}
+    assert [a.code for a in answers] == ["server_error"] * 30 and len(others) == 1
+
+
+def test_a_server_that_only_says_500_stops_the_run() -> None:
+    with ChatServer(lambda body, n: Fault("status", status=500, body={})) as server:
+        with pytest.raises(SaescopeError, match="48 times in a row.*server_error"):
+            server_client(server, concurrency=4).generate([ask(str(i)) for i in range(500)])
+        assert len(server.bodies) <= 48 + 4 + FAST.attempts  # those, what was in flight, and the last question
 
 
 def test_structured_output_is_lowered_where_the_server_does_not_know_it() -> None:

@@ -175,6 +175,44 @@ def test_truncated_sae_file(finished: Path, tiny_world: list[str], tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_faulty_llm_server_gives_counted_failures_and_no_zero(tiny_world: list[str], tmp_path: Path):
+    """Most requests meet a fault, some for good. The run ends well; what failed is counted, and never a number."""
+    from faulty import judge_server
+
+    interp = ["--interp.client", "openai", "--interp.llm", "m", "--interp.explainers", "highlighted", "token_list"]
+    scorers = ["--interp.scorers", "detection", "fuzzing", "--evals", "explanation"]
+    with judge_server() as server:
+        arguments = [*interp, "--interp.base-url", server.url, *scorers]
+        done = run(tmp_path, tiny_world, *arguments, env={"OPENAI_API_KEY": "test", "NO_PROXY": "127.0.0.1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        paid, log = len(server.delivered), json.loads((tmp_path / "run.json").read_text())
+        again = run(tmp_path, tiny_world, *arguments, env={"OPENAI_API_KEY": "test", "NO_PROXY": "127.0.0.1"})
+    assert again.returncode == 0 and "Traceback" not in done.stderr + again.stderr
+    assert len(server.delivered) == paid > 100  # a refusal is an answer: nothing is asked twice
+    explained = [
+        json.loads(line)
+        for p in tmp_path.glob("explanations/*/explanations.jsonl")
+        for line in p.read_text().splitlines()
+    ]
+    written = [e for e in explained if e["explainer"] == "highlighted"]
+    failed = [e for e in written if e["failure"]]
+    assert failed and len(failed) < len(written)
+    assert {e["failure"]["code"] for e in failed} <= {"refusal", "server_error", "no_json"}
+    assert all(e["text"] is None for e in failed)
+    items = pd.concat(pd.read_parquet(p) for p in tmp_path.glob("scores/*/items.parquet"))
+    lost = items[items["failure"].notna()]
+    assert len(lost) and lost["verdict"].isna().all() and items[items["failure"].isna()]["verdict"].notna().all()
+    scores = pd.concat(pd.read_parquet(p) for p in tmp_path.glob("scores/*/scores.parquet"))
+    failed_ids = {e["explanation_id"] for e in failed}
+    theirs = scores[scores["explanation_id"].isin(failed_ids)]
+    assert len(theirs) and theirs["value"].isna().all() and theirs["null_reason"].notna().all()
+    assert scores["value"].notna().any() and scores[scores["value"].isna()]["null_reason"].notna().all()
+    rows = [json.loads(x) for p in tmp_path.glob("rows/*/*/*/rows.jsonl") for x in p.read_text().splitlines()]
+    assert any(r["n_failed"] for r in rows) and all(r["value"] is not None or r["failure"] for r in rows)
+    assert any(log["notes"]["failed_explanations"].values()) and log["notes"]["llm"]["failed"] > 0
+
+
+@pytest.mark.slow
 def test_dead_llm_server_is_an_error_not_a_zero(tiny_world: list[str], tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -37,6 +37,8 @@ class ChatServer:
 
     def __init__(self, answer: Callable[[dict[str, Any], int], Any]) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.delivered: list[str] = []
+        """Last message of each request whose answer (status 200, whole) was handed to the socket: what is paid for."""
         self.most_in_flight = 0
         self._in_flight = 0
         self._seen: dict[str, int] = {}
@@ -56,22 +58,26 @@ class ChatServer:
                     outer._in_flight += 1
                     outer.most_in_flight = max(outer.most_in_flight, outer._in_flight)
                 try:
-                    self._respond(answer(body, n))
+                    if self._respond(answer(body, n)):
+                        with outer._lock:
+                            outer.delivered.append(key)
                 except (BrokenPipeError, ConnectionResetError):
                     pass
                 finally:
                     with outer._lock:
                         outer._in_flight -= 1
 
-            def _respond(self, said: Any) -> None:
+            def _respond(self, said: Any) -> bool:
+                """True if the answer was a whole one with status 200."""
                 fault = said if isinstance(said, Fault) else Fault("status", body=said)
                 if fault.kind == "reset":
                     # Linger 0: closing sends RST, the peer sees a connection reset.
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.connection.close()
                     self.close_connection = True
-                    return
-                if fault.kind == "sleep":
+                    return False
+                kind = fault.kind
+                if kind == "sleep":
                     time.sleep(float(fault.body))
                     fault = Fault("status", body=completion("late"))
                 raw = fault.body if isinstance(fault.body, bytes) else json.dumps(fault.body).encode()
@@ -84,6 +90,8 @@ class ChatServer:
                 self.send_header("content-length", str(len(raw)))
                 self.end_headers()
                 self.wfile.write(raw)
+                self.wfile.flush()
+                return fault.status == 200 and kind == "status"
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -98,6 +106,11 @@ class ChatServer:
         self._server = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are being answered now."""
+        return self._in_flight
 
     def __enter__(self) -> "ChatServer":
         self._thread.start()

@@ -1,0 +1,109 @@
+"""How to insist on requests to a server: waits, a limit on what is in flight, words without keys. Torch-free."""
+
+import asyncio
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_DETAIL_CHARS = 300
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How long to insist on one request."""
+
+    attempts: int = 6
+    first_delay_s: float = 1.0
+    """Doubles per attempt; the wait is uniform between 0 and it (full jitter)."""
+    max_delay_s: float = 60.0
+    total_s: float = 600.0
+
+
+class Retry(Exception):
+    """Try again: a transport trouble with its failure code."""
+
+    def __init__(self, code: str, detail: str, after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.code, self.after_s = code, after_s
+
+
+class Gate:
+    """At most ``limit`` requests in flight: halved when the server says 429, raised by one per round of successes."""
+
+    def __init__(self, most: int, calm_s: float) -> None:
+        self.most, self.limit, self.calm_s = most, float(most), calm_s
+        self.running, self.last_cut = 0, -math.inf
+        self.changed = asyncio.Condition()
+
+    async def __aenter__(self) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.running < int(self.limit))
+            self.running += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        async with self.changed:
+            self.running -= 1
+            self.changed.notify_all()
+
+    def success(self) -> None:
+        self.limit = min(float(self.most), self.limit + 1 / self.limit)
+
+    def too_fast(self) -> None:
+        now = time.monotonic()
+        if now - self.last_cut >= self.calm_s:  # one burst of 429s is one signal
+            self.limit, self.last_cut = max(1.0, self.limit / 2), now
+
+
+def retry_after_s(headers: Any) -> float | None:
+    """Seconds to wait by ``Retry-After`` (seconds or a date), if the server says."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def scrub(said: object) -> str:
+    """A server's words without anything that looks like a key, one line, cut."""
+    text = str(said)
+    key = os.environ.get(KEY_VARIABLE)
+    if key:
+        text = text.replace(key, "[key]")
+    text = re.sub(r"\b(sk|pk|key)-[\w*.-]{6,}", "[key]", text)
+    text = re.sub(r"(?i)bearer\s+\S+", "Bearer [key]", text)
+    return " ".join(text.split())[:MAX_DETAIL_CHARS]
+
+
+def run_to_end(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Run to the end, also from inside a running event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    result: dict[str, Any] = {}
+
+    def inside() -> None:
+        try:
+            result["value"] = asyncio.run(work)
+        except BaseException as error:  # handed to the caller's thread
+            result["error"] = error
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    if "error" in result:
+        raise result["error"]
+    return list(result["value"])
