@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": ("sae.train_door", "main", "train SAEs, several from one stream; --plan predicts time, memory, disk"),
     "convert": ("sae.convert", "main", "write an SAE in another format, self-checked"),
     "scaling": ("sae.scaling_door", "main", "train a grid over width and k, fit the scaling laws, plot them"),
+    "codes": ("sae.codes_door", "main", "measure an SAE with other numbers of latents, and with the best activations"),
     "inspect": ("sae.__main__", "inspect_main", "say what an SAE of any format or an artefact folder holds"),
 }
 _USAGE = "usage: python -m sae COMMAND [options]\n\ncommands:\n" + "\n".join(
