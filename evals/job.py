@@ -28,7 +28,8 @@ def run_job(cfg: RunConfig) -> int:
     """Run everything that is not yet there; returns 0, or 1 if a task failed and the others went on."""
     evaluations = select(cfg.evals)
     for architecture in cfg.architectures if not cfg.sae else ():
-        plugins.find("sae.architectures", architecture)
+        if plugins.find("sae.architectures", architecture).transcodes:
+            raise ConfigError(f"{architecture!r} reconstructs another activation: the evaluations are for autoencoders")
     log = RunLog(root=cfg.root, preset=cfg.preset, key=cfg.key(), config=to_dict(cfg))
     stages = Pipeline(cfg, log)
     with log.stage("load language model") as stage:

@@ -80,6 +80,11 @@ class Pipeline:
 
     def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
         lm = self.lm()
+        if sae.transcodes:
+            raise ConfigError(
+                f"{sae.sae_id} is a transcoder, which reconstructs another activation than it reads: the evaluations "
+                "are for autoencoders"
+            )
         if sae.d_in != width:
             raise ConfigError(
                 f"{sae.sae_id} reads {sae.d_in} channels, but {hookpoint} of {lm.name} has {width}; "

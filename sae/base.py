@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sae import losses, ops, optim
-from sae.config import InputNorm, SAEConfig, TrainConfig
-from sae.errors import ConfigError, DataError
+from sae.config import SAEConfig, TrainConfig
+from sae.errors import ConfigError, DataError, Unsupported
 from sae.manifest import key_of, seed_of
+from sae.norm import NormStats, normalise
 from sae.ops import Entries, SparseLatents, to_dense
 from sae.plugins import find
 
@@ -27,34 +28,6 @@ FIRE_EPS = 1e-3
 """A latent fired if its value exceeds this many times the root mean square of an input component (TRAINING 5)."""
 B_DEC_SAMPLE_TOKENS = 32_768
 RANDOM_SAE_VERSION = 1
-
-
-class NormStats(NamedTuple):
-    """Per-token constants of the input norm: ``n = (x - mean) / divisor``, ``x_hat = y * scale + mean``."""
-
-    mean_N1: Tensor | None
-    """None where nothing is subtracted."""
-    scale_N: Tensor
-    """Factor from normalised to raw units (for layer_norm the standard deviation, without eps: FORMATS 1)."""
-
-
-def normalise(x_ND: Tensor, norm: InputNorm) -> tuple[Tensor, NormStats]:
-    """Normalised input n_ND and the constants that undo it; kinds and formulas as in FORMATS 1."""
-    if norm.kind in ("none", "dataset_rms"):
-        scaled_ND = x_ND if norm.kind == "none" else x_ND * norm.scale_in
-        undo = 1.0 if norm.kind == "none" else 1.0 / norm.scale_out
-        return scaled_ND, NormStats(None, x_ND.new_full((len(x_ND),), undo))
-    d_in = x_ND.shape[1]
-    centred = norm.kind == "layer_norm" or norm.center
-    mean_N1 = x_ND.mean(1, keepdim=True) if centred else None
-    c_ND = x_ND if mean_N1 is None else x_ND - mean_N1
-    length_N = torch.linalg.vector_norm(c_ND, dim=1)
-    if norm.kind == "layer_norm":
-        length_N = length_N / (d_in - norm.ddof) ** 0.5
-    n_ND = c_ND / (length_N + norm.eps)[:, None]
-    if norm.kind == "unit_norm" and norm.target == "sqrt_d":
-        return n_ND * d_in**0.5, NormStats(mean_N1, length_N / d_in**0.5)
-    return n_ND, NormStats(mean_N1, length_N)
 
 
 @dataclass
@@ -79,6 +52,8 @@ class TrainState:
     """Whether the figures of this step will be read."""
     n_dead_late: int = 0
     """Number of dead latents as the host last heard of it; only what runs on a GPU uses it (sae.fused_step)."""
+    target_ND: Tensor | None = None
+    """Normalised targets of the batch, where they are not its inputs (transcoders)."""
     sparsity_ramp: float = 1.0
     """Warm-up factor of the sparsity coefficient."""
 
@@ -141,6 +116,8 @@ class SAE(nn.Module):
     """Value of ``cfg.activation`` this class runs."""
     uses_k: ClassVar[bool] = False
     """Whether training needs ``TrainConfig.k``."""
+    transcodes: ClassVar[bool] = False
+    """Whether the target is another activation than the input (:class:`sae.transcoding.TranscoderBase`)."""
     latent_scaled: ClassVar[tuple[str, ...]] = ()
     """Tensors [F], beside W_enc and b_enc, that take a factor when the codes do."""
 
@@ -148,15 +125,15 @@ class SAE(nn.Module):
         super().__init__()
         if cfg.activation != self.activation:
             raise ConfigError(f"{type(self).__name__} runs activation {self.activation!r}, cfg says {cfg.activation!r}")
-        if cfg.d_in != cfg.d_out:
-            raise ConfigError(f"d_in {cfg.d_in} and d_out {cfg.d_out} differ: transcoders are not supported yet")
+        if cfg.d_in != cfg.d_out and not self.transcodes:
+            raise ConfigError(f"d_in {cfg.d_in} and d_out {cfg.d_out} differ: only transcoders have two widths")
         if cfg.input_norm.kind == "layer_norm" and cfg.d_in <= cfg.input_norm.ddof:
             raise ConfigError(f"layer_norm needs more than {cfg.input_norm.ddof} input channels, got {cfg.d_in}")
         self.cfg = cfg
         self.W_enc_FD = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
-        self.W_dec_FD = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
+        self.W_dec_FD = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_out))
         self.b_enc_F = nn.Parameter(torch.zeros(cfg.d_sae))
-        self.b_dec_D = nn.Parameter(torch.zeros(cfg.d_in))
+        self.b_dec_D = nn.Parameter(torch.zeros(cfg.d_out))
 
     @property
     def d_in(self) -> int:
@@ -238,8 +215,8 @@ class SAE(nn.Module):
         """Dense codes z_NF of raw x: for small F and tests; :meth:`encode_sparse` holds the same codes."""
         return to_dense(self.encode_sparse(x_ND), self.d_sae)
 
-    def decode_normalised(self, latents: Tensor | SparseLatents | Entries) -> Tensor:
-        """y_ND = z @ W_dec + b_dec, in normalised space."""
+    def decode_normalised(self, latents: Tensor | SparseLatents | Entries, n_ND: Tensor | None = None) -> Tensor:
+        """y_ND = z @ W_dec + b_dec, in normalised space; a skip transcoder wants the normalised input too."""
         if isinstance(latents, SparseLatents):
             return ops.sparse_decode(*latents, self.W_dec_FD) + self.b_dec_D
         if isinstance(latents, Entries):
@@ -248,12 +225,13 @@ class SAE(nn.Module):
 
     def decode(self, latents: Tensor | SparseLatents, x_ND: Tensor) -> Tensor:
         """x_hat_ND in raw units; ``x_ND`` gives the per-token mean and scale that the input norm took away."""
-        return self.denormalise(self.decode_normalised(latents), self.normalise(x_ND)[1])
+        n_ND, stats = self.normalise(x_ND)
+        return self.denormalise(self.decode_normalised(latents, n_ND), stats)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """x_hat_ND of raw x."""
         n_ND, stats = self.normalise(x_ND)
-        return self.denormalise(self.decode_normalised(self.encode_entries(n_ND)), stats)
+        return self.denormalise(self.decode_normalised(self.encode_entries(n_ND), n_ND), stats)
 
     @staticmethod
     def denormalise(y_ND: Tensor, stats: NormStats) -> Tensor:
@@ -275,6 +253,14 @@ class SAE(nn.Module):
         self.b_enc_F.zero_()
         self.start_sparse(n_ND)
         self._scale_encoder(n_ND[:4096])
+
+    def normalise_target(self, t_NO: Tensor) -> Tensor:
+        """Raw targets in the units of the reconstruction; defined by transcoders."""
+        raise NotImplementedError
+
+    def initialise_pair(self, n_ND: Tensor, t_NO: Tensor, seed: int) -> None:
+        """Starting weights of a transcoder, from normalised inputs and targets."""
+        raise NotImplementedError
 
     def start_sparse(self, n_ND: Tensor) -> None:
         """Choose what makes the first codes sparse (thresholds, biases), for W_enc = W_dec transposed and b_enc 0."""
@@ -318,8 +304,9 @@ def step_loss(
     ``entries``: the code that is run; ``fit``: its reconstruction loss, by default the normalised squared error.
     """
     if fit is None:
-        y_ND = sae.decode_normalised(entries)
-        fit = Fit(losses.normalised_mse(residual_ND := n_ND - y_ND, state.v0), y_ND, residual_ND)
+        y_ND = sae.decode_normalised(entries, n_ND)
+        residual_ND = (n_ND if state.target_ND is None else state.target_ND) - y_ND
+        fit = Fit(losses.normalised_mse(residual_ND, state.v0), y_ND, residual_ND)
     mse, y_ND, residual_ND = fit
     total, aux, aux_active = mse + sparsity, mse.new_zeros(()), 0.0
     if with_aux and state.cfg.aux_alpha > 0 and bool((dead_F := state.dead_F).any()):
@@ -353,6 +340,8 @@ def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
     scaled by one least-squares factor on the raw-x sample ``x_sample_ND`` (folded into the encoder). K is that of
     ``sae``, or its rounded mean L0 on the sample where it has none. ``sae_id`` is ``baseline.random_sae.<8 hex>``.
     """
+    if sae.transcodes:
+        raise Unsupported(f"{sae.sae_id} is a transcoder: the random floor is for autoencoders")
     if len(x_sample_ND) == 0:
         raise DataError("random_like needs at least one sample token")
     k = sae.cfg.k

@@ -198,7 +198,7 @@ def _self_check(sae: SAE, path: Path) -> None:
     sample, _ = _read_tensors(path, shapes)
     x_ND, values_NK, indices_NK = sample["x_ND"], sample["values_NK"], sample["indices_NK"].long()
     fits = x_ND.dim() == 2 and x_ND.shape[1] == sae.d_in and values_NK.shape == indices_NK.shape
-    if not fits or len(values_NK) != len(x_ND) or sample["x_hat_ND"].shape != x_ND.shape:
+    if not fits or len(values_NK) != len(x_ND) or sample["x_hat_ND"].shape != (len(x_ND), sae.cfg.d_out):
         found = {name: tuple(tensor.shape) for name, tensor in sample.items()}
         raise ArtefactError(f"{path}: the shapes {found} do not fit an SAE of d_in {sae.d_in}")
     if indices_NK.numel() and not (0 <= int(indices_NK.min()) and int(indices_NK.max()) < sae.d_sae):

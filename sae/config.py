@@ -139,7 +139,9 @@ class TrainConfig:
     multi_topk: bool = False
     """topk: add an eighth of the loss at 4 k, so that the SAE serves any number of latents up to 4 k."""
     l1: float = 0.2
-    """Sparsity coefficient (relu, gated), in units of the normalised loss."""
+    """Sparsity coefficient (relu), in units of the normalised loss."""
+    gate_l1: float = 0.5
+    """Sparsity coefficient of the gates (gated)."""
     l1_decoder_norm: bool = False
     """relu: decoder rows are free and their lengths weight the penalty; they are made unit when the SAE is saved."""
     l0_weight: float = 1.0
@@ -154,8 +156,8 @@ class TrainConfig:
     """Tokens per optimiser step."""
     train_tokens: int = 249_856
     """Tokens seen in all; more than the store holds means several passes."""
-    input_norm: Literal["layer_norm", "none"] = "layer_norm"
-    """Per-token input normalisation (TRAINING 2)."""
+    input_norm: Literal["layer_norm", "none", "dataset_rms"] = "layer_norm"
+    """Input normalisation (TRAINING 2): per token, none, or by one factor for all tokens (transcoders)."""
     aux_alpha: float = 1 / 32
     """Weight of the auxiliary loss on dead latents (all but relu)."""
     aux_k: int = 256
@@ -179,6 +181,7 @@ class TrainConfig:
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
         require(0 <= self.lr_decay_share <= 1, f"lr_decay_share must lie in 0..1, got {self.lr_decay_share}")
         require(self.l1 >= 0, f"l1 must not be negative, got {self.l1}")
+        require(self.gate_l1 >= 0, f"gate_l1 must not be negative, got {self.gate_l1}")
         require(self.l0_weight >= 0, f"l0_weight must not be negative, got {self.l0_weight}")
         if self.multi_topk and self.architecture == "topk" and self.k is not None:
             require(4 * self.k <= self.d_sae, f"multi_topk needs 4 k latents, got k {self.k}, d_sae {self.d_sae}")
@@ -219,6 +222,8 @@ class SubjectMeta:
     packing: str = "concat_eos"
     tokens_key: str = ""
     activations_key: str = ""
+    hookpoint_out: str | None = None
+    """Where a transcoder's targets came from; null for an SAE."""
     text_sources: tuple[str, ...] = ()
     """Names of the text files seen in training."""
     token_filter: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sae import console, manifest, resume, train_run
-from sae.base import NormStats
+from sae.base import SAE, NormStats
 from sae.config import InputNorm, SubjectMeta, TrainConfig
 from sae.errors import ConfigError, DataError, SaescopeError
 from sae.metric_log import MetricLog
@@ -95,11 +95,13 @@ def train_many(
             for i in missing:
                 resume.forget(run_folder(folders[i]))
         saved = {i: resume.newest(run_folder(folders[i]), keys[i], store.key) for i in missing}
-        sample_ND = _start_sample(store).to(device)
+        flat = _start_tokens(store)
+        sample_ND = store.read(flat).float().to(device)
         runs = []
         for i in missing:
             log = stack.enter_context(MetricLog(run_folder(folders[i]) / "train.jsonl"))
-            runs.append(train_run.start(cfgs[i], meta, keys[i], folders[i], store, sample_ND, log))
+            target_NO = _targets(store, flat, device) if _plugin(cfgs[i]).transcodes else None
+            runs.append(train_run.start(cfgs[i], meta, keys[i], folders[i], store, sample_ND, log, target_NO))
             if (step := saved[i]) is not None:
                 resume.restore(runs[-1], step)
                 logger.info("%s goes on after step %d of %d", folders[i].name, runs[-1].step, runs[-1].n_steps)
@@ -124,8 +126,13 @@ def _check(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta) -> None
     if len(set(map(train_key, cfgs, [store.key] * len(cfgs)))) < len(cfgs):
         raise ConfigError("two of the training configurations are equal; give them different seeds")
     for cfg in cfgs:
-        if find("sae.architectures", cfg.architecture).uses_k and cfg.k is None:
+        plugin = _plugin(cfg)
+        if plugin.uses_k and cfg.k is None:
             raise ConfigError(f"architecture {cfg.architecture!r} needs k")
+        if plugin.transcodes and not hasattr(store, "read_target"):
+            raise ConfigError(f"{cfg.architecture!r} is trained on pairs of activations: give a sae.paired.PairedStore")
+        if plugin.transcodes and cfg.ema_decay > 0:
+            raise ConfigError(f"ema_decay is not for {cfg.architecture!r} yet; set it to 0")
     if store.n_kept < sizes[0]:
         raise DataError(
             f"the store has {store.n_kept:,} tokens after the filter, a batch is {sizes[0]:,}: "
@@ -135,12 +142,21 @@ def _check(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta) -> None
         raise ConfigError(f"lm_slug {meta.lm_slug!r} may only hold a-z, 0-9, '.', '_' and '-'")
 
 
-def _start_sample(store: Store) -> Tensor:
-    """Raw activations spread evenly over the store, in random order: a function of the store alone."""
+def _plugin(cfg: TrainConfig) -> type[SAE]:
+    return find("sae.architectures", cfg.architecture)  # type: ignore[no-any-return]
+
+
+def _targets(store: Store, flat: Any, device: torch.device) -> Tensor:
+    """Raw targets of a :class:`sae.paired.PairedStore`."""
+    return store.read_target(flat).to(device)  # type: ignore[attr-defined,no-any-return]
+
+
+def _start_tokens(store: Store) -> np.ndarray:
+    """Tokens spread evenly over the store, in random order: a function of the store alone."""
     kept = np.asarray(store.kept_N)
     picked = kept[np.linspace(0, len(kept) - 1, min(len(kept), START_SAMPLE_TOKENS)).astype(np.int64)]
     order = manifest.rng("train", "start-sample", DATA_SEED).permutation(len(picked))
-    return store.read(picked).float()[torch.from_numpy(order)]
+    return picked[order]  # type: ignore[no-any-return]
 
 
 def _loop(
@@ -171,7 +187,12 @@ def _loop(
                 norm = run.sae.cfg.input_norm
                 if norm not in normalised:
                     normalised[norm] = run.sae.normalise(x_ND)
-                train_run.step(run, x_ND, *normalised[norm])
+                wanted_NO = x_ND
+                if run.sae.transcodes:
+                    wanted_NO = _targets(store, flat, device)
+                    run.state.target_ND = run.sae.normalise_target(wanted_NO)
+                train_run.step(run, wanted_NO, *normalised[norm])
+                run.state.target_ND = None  # no part of what a saved step must hold
                 if run.failure:
                     _check_finite(store, x_ND, flat, index + 1)
                     failures[run.folder.name] = run.failure

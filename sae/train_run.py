@@ -96,9 +96,14 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
     return {k: v for k, v in to_dict(cfg).items() if k in FIRST_FIELDS or v != plain[k]}
 
 
-def input_norm(cfg: TrainConfig) -> InputNorm:
-    """The input norm object of a training configuration."""
-    return InputNorm(kind=cfg.input_norm)
+def input_norm(cfg: TrainConfig, x_ND: Tensor | None = None, target_NO: Tensor | None = None) -> InputNorm:
+    """The input norm object of a training configuration. ``dataset_rms`` makes the mean length of the raw sample
+    ``x_ND``, and that of the targets where there are some, the root of their width (TRAINING 2)."""
+    if cfg.input_norm != "dataset_rms" or x_ND is None:
+        return InputNorm(kind=cfg.input_norm)
+    scales = [s.shape[1] ** 0.5 / max(float(torch.linalg.vector_norm(s.double(), dim=1).mean()), 1e-30)
+              for s in (x_ND, x_ND if target_NO is None else target_NO)]  # fmt: skip
+    return InputNorm(kind="dataset_rms", scale_in=scales[0], scale_out=scales[1])
 
 
 def run_folder(folder: Path) -> Path:
@@ -107,25 +112,30 @@ def run_folder(folder: Path) -> Path:
 
 
 def start(
-    cfg: TrainConfig, meta: SubjectMeta, key: str, folder: Path, store: Store, sample_ND: Tensor, log: MetricLog
-) -> Run:
-    """A run at step 0 on the device of ``sample_ND``, raw activations that fix v0 and the starting weights.
+    cfg: TrainConfig, meta: SubjectMeta, key: str, folder: Path, store: Store, sample_ND: Tensor, log: MetricLog,
+    target_NO: Tensor | None = None,
+) -> Run:  # fmt: skip
+    """A run at step 0 on the device of ``sample_ND``, raw activations that fix v0 and the starting weights;
+    ``target_NO``: raw targets of the same tokens, for a transcoder.
 
     ``DataError`` for a sample that is not finite or has no variance, ``ConfigError`` for an option the architecture
     does not take.
     """
     plugin = find("sae.architectures", cfg.architecture)
+    wanted_NO = sample_ND if target_NO is None else target_NO
+    decided = {"apply_b_dec_to_input": True} | plugin.cfg_fields(cfg)
     sae: SAE = plugin(
         SAEConfig(
-            architecture=cfg.architecture, d_in=store.d_in, d_out=store.d_in,
-            d_sae=cfg.d_sae, apply_b_dec_to_input=True, input_norm=input_norm(cfg), sae_id=folder.name, meta=meta,
-            train_tokens=None, train_steps=None, seed=cfg.seed, **plugin.cfg_fields(cfg), train=identity(cfg),
+            architecture=cfg.architecture, d_in=store.d_in, d_out=wanted_NO.shape[1], d_sae=cfg.d_sae,
+            input_norm=input_norm(cfg, sample_ND, target_NO), sae_id=folder.name, meta=meta, train_tokens=None,
+            train_steps=None, seed=cfg.seed, train=identity(cfg), **decided,
         )
     )
     device = sample_ND.device
     sae.to(device)
     n_ND, _ = sae.normalise(sample_ND)
-    v0 = float(losses.variance(n_ND))
+    t_NO = n_ND if target_NO is None else sae.normalise_target(target_NO)
+    v0 = float(losses.variance(t_NO))
     if not (math.isfinite(v0) and v0 > 0):
         n_bad = int((~torch.isfinite(sample_ND).all(1)).sum())
         why = f"; {n_bad:,} of {len(sample_ND):,} sampled tokens are NaN or infinite" if n_bad else ""
@@ -133,7 +143,10 @@ def start(
             f"{folder.name}: the activations {store.key} have variance {v0}{why}: an SAE needs finite activations that "
             "differ; collect them again, with the model in float32"
         )
-    sae.initialise(n_ND, cfg.seed)
+    if target_NO is None:
+        sae.initialise(n_ND, cfg.seed)
+    else:
+        sae.initialise_pair(n_ND, t_NO, cfg.seed)
     state = TrainState(
         cfg=cfg, v0=v0, input_rms_norm=float(n_ND.double().square().sum(1).mean().sqrt()),
         last_fired_tokens_F=torch.zeros(cfg.d_sae, dtype=torch.int64, device=device), d_in=store.d_in,

@@ -2,8 +2,9 @@
 arXiv 2404.16014.
 
 ``gate = u W_enc + b_gate``; ``z = H(gate) relu(exp(r_mag) (u W_enc) + b_mag)``;
-``loss = mean |n - y|^2 / v0 + l1 mean sum relu(gate) / c + mean |n - relu(gate) sg(W_dec) - sg(b_dec)|^2 / v0``, c the
-root mean square norm of a normalised token, sg = no gradient. The L1 penalty is on the gate alone, so no value shrinks.
+``loss = mean |n - y|^2 / v0 + gate_l1 mean sum relu(gate) / c + mean |n - y_gate|^2 / v0``, where ``y_gate = relu(gate)
+sg(W_dec) + sg(b_dec)``, c is the root mean square norm of a normalised token and sg = no gradient. The L1 penalty is on
+the gate alone, so no value shrinks.
 """
 
 import torch
@@ -57,7 +58,7 @@ class Gated(SAE):
     def training_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
         """The loss of the module's head, plus ``aux_alpha`` times the auxiliary loss of dead latents' gates."""
         gates = self.gates(n_ND)
-        penalty = state.sparsity_ramp * state.cfg.l1 * losses.l1(gates.values_E, len(n_ND), state.input_rms_norm)
+        penalty = state.sparsity_ramp * state.cfg.gate_l1 * losses.l1(gates.values_E, len(n_ND), state.input_rms_norm)
         by_gates_ND = ops.decode_entries(gates, self.W_dec_FD.detach()) + self.b_dec_D.detach()
         entries = self.magnitudes(gates)
         y_ND = self.decode_normalised(entries)

@@ -57,11 +57,13 @@ def batch_topk(h: Tensor, k: int) -> Tensor:
 def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> tuple[Tensor, Tensor]:
     """(loss, the code z_NF that counts as active); ``dead``: latents of the auxiliary loss, None for none."""
     cfg, name = state.cfg, sae.cfg.architecture
-    h = (n - sae.b_dec_D) @ sae.W_enc_FD.T + sae.b_enc_F
-    mse = lambda y: (n - y).square().sum(1).mean() / state.v0  # noqa: E731
-    decode = lambda z: z @ sae.W_dec_FD + sae.b_dec_D  # noqa: E731
+    t, b_pre = (n, sae.b_dec_D) if state.target_ND is None else (state.target_ND, sae.b_in_D)
+    h = (n - b_pre) @ sae.W_enc_FD.T + sae.b_enc_F
+    skip = n @ sae.W_skip_DD.T if name == "skip_transcoder" else 0
+    mse = lambda y: (t - y).square().sum(1).mean() / state.v0  # noqa: E731
+    decode = lambda z: z @ sae.W_dec_FD + sae.b_dec_D + skip  # noqa: E731
     extra = n.new_zeros(())
-    if name == "topk":
+    if name in ("topk", "transcoder", "skip_transcoder"):
         z = row_topk(h, sae.cfg.k)
         if cfg.multi_topk:
             extra = mse(decode(row_topk(h, 4 * sae.cfg.k))) / 8
@@ -77,7 +79,8 @@ def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> t
         gate = product + sae.b_enc_F
         z = (gate > 0) * (sae.r_mag_F.exp() * product + sae.b_mag_F).relu()
         penalty = gate.relu().sum(1).mean() / state.input_rms_norm
-        extra = state.sparsity_ramp * cfg.l1 * penalty + mse(gate.relu() @ sae.W_dec_FD.detach() + sae.b_dec_D.detach())
+        y_gate = gate.relu() @ sae.W_dec_FD.detach() + sae.b_dec_D.detach()
+        extra = state.sparsity_ramp * cfg.gate_l1 * penalty + mse(y_gate)
     else:
         z = h.relu()
         weight = sae.W_dec_FD.norm(dim=1) if cfg.l1_decoder_norm else 1.0
@@ -92,6 +95,6 @@ def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> t
     if dead is not None:
         top = torch.topk(torch.where(dead, h, -torch.inf), min(cfg.aux_k, int(dead.sum())), dim=1)
         z_aux = torch.zeros_like(h).scatter(1, top.indices, top.values.relu())
-        error = (n - y).detach()
+        error = (t - y).detach()
         loss = loss + cfg.aux_alpha * (z_aux @ sae.W_dec_FD - error).square().sum(1).mean() / state.v_e
     return loss, z

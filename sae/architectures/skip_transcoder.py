@@ -1,0 +1,13 @@
+"""Skip transcoder: a transcoder beside a linear map of the input; Paulo et al., arXiv 2501.18823.
+
+What is linear takes no latents. Trained on a :class:`sae.paired.PairedStore`; formulas in :mod:`sae.transcoding`.
+"""
+
+from sae.transcoding import SkipTranscoderBase
+
+
+class SkipTranscoder(SkipTranscoderBase):
+    """``y = z W_dec + b_dec + n W_skip.T``."""
+
+
+PLUGIN = SkipTranscoder
