@@ -7,7 +7,7 @@ RESULTS ?= results
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check env lint types imports bench gpu site clean
+.PHONY: demo test check env lint types imports bench gpu site interop clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
@@ -35,6 +35,9 @@ gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, then the 
 
 site: env  ## rebuild leaderboard and pages from the rows
 	$(PY) -m evals.leaderboard --root $(RESULTS)
+
+interop: env  ## goldens anew by SAELens, dictionary_learning, sparsify and Llamascopium, each in its own environment
+	PYTHON=$(PYTHON) tests/interop/rebuild.sh $(PY)
 
 env: $(STAMP)
 

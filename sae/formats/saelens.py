@@ -52,7 +52,9 @@ class SAELens:
     title = "SAELens (sae_weights.safetensors + cfg.json)"
 
     def recognises(self, path: Path) -> bool:
-        return path.is_dir() and (path / WEIGHTS).is_file()
+        if not path.is_dir() or not (path / WEIGHTS).is_file():
+            return False
+        return (path / CFG).is_file() or not (path / "config.json").is_file()
 
     def read(self, path: Path, options: ImportOptions) -> Portable:
         where = path / CFG
