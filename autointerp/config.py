@@ -51,6 +51,9 @@ class InterpConfig:
     """Texts per latent and explainer that a language model writes; the best on the split calibrate is scored."""
     scorers: tuple[str, ...] = ("late_interaction", "embedding", "surprisal", "simulation")
     """File names in autointerp/scorers; detection is added when a prompted judge is given."""
+    simulator: str = "word_embedding"
+    """File name in autointerp/simulators, for the scorer `simulation`. all_at_once, structured and token_by_token ask
+    the language model."""
     client: str = "transformers"
     """File name in autointerp/clients: transformers (embedded), openai, scripted."""
     llm: str | None = None

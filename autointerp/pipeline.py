@@ -77,8 +77,8 @@ def _options(plugin: Any) -> dict[str, Any]:
 
 def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) -> tuple[list[Any], list[Scorer]]:
     """(explainers, scorers) of a configuration, their needs checked; UnknownPlugin or Unsupported before any work."""
-    explainers = [_explainer(name, cfg) for name in cfg.explainers]
-    scorers = [find("autointerp.scorers", name)() for name in cfg.scorers]
+    explainers = [_told(find("autointerp.explainers", name), candidates=cfg.candidates) for name in cfg.explainers]
+    scorers = [_told(find("autointerp.scorers", name), simulator=cfg.simulator) for name in cfg.scorers]
     for plugin in explainers:
         check_needs(plugin, ctx)
     for plugin in scorers:
@@ -86,10 +86,10 @@ def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) 
     return explainers, scorers
 
 
-def _explainer(name: str, cfg: InterpConfig) -> Any:
-    """The plug-in, told how many candidates are wanted if it makes any."""
-    kind = find("autointerp.explainers", name)
-    return kind(candidates=cfg.candidates) if "candidates" in inspect.signature(kind).parameters else kind()
+def _told(kind: Any, **options: Any) -> Any:
+    """The plug-in, told those of the options that its constructor takes."""
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in options.items() if name in known})
 
 
 def explain(

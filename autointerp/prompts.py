@@ -106,6 +106,20 @@ def pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     return out
 
 
+def whole_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[tuple[str, int]]:
+    """(text, number of tokens) of each run of tokens that reads as whole characters; numbers sum to W."""
+    out: list[tuple[str, int]] = []
+    waiting = 0
+    for piece in pieces(tokenizer, token_ids):
+        waiting += 1
+        if piece:
+            out.append((piece, waiting))
+            waiting = 0
+    if waiting:  # specials at the end that decode to nothing
+        out.append(("", waiting))
+    return out
+
+
 def window_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """A window as one line."""
     return escaped(str(tokenizer.decode(list(token_ids))).strip())

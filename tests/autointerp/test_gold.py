@@ -117,12 +117,27 @@ def oracle(request):
         return LogprobReply(sums=tuple(map(math.log, p)), counts=(1,) * len(p))
     head, *lines = request.messages[-1].content.splitlines()
     text = head.partition(": ")[2]
+    if head.startswith("The detector"):
+        return json.dumps({"active": active(text, lines)})
     if request.verb == "next_token":
         p = 0.99 if fits(text, f" {lines[0].removeprefix('Snippet: ')} ") else 0.01
         return LogprobReply(
             rows=((math.log(p), *[None] * (len(YES) - 1), math.log(1 - p), *[None] * (len(NO) - 1)),)
         )
     return json.dumps({"match": [i for i, x in enumerate(lines, 1) if fits(text, f" {x.partition('] ')[2]} ")]})
+
+
+def active(text: str, lines: list[str]) -> list[dict[str, int]]:
+    """9 on every numbered character that the explanation describes; windows are opened by a line "Text k"."""
+    out: list[dict[str, int]] = []
+    windows: list[list[tuple[str, str]]] = []
+    for line in lines:
+        number, tab, piece = line.partition("\t")
+        windows[-1].append((number, piece)) if tab else windows.append([])
+    for window in windows:
+        on = spans(text, "".join(piece for _, piece in window))
+        out += [{"i": int(window[i][0]), "v": 9} for first, after in on for i in range(first, after)]
+    return out
 
 
 class Knowing:
@@ -151,6 +166,9 @@ def coin(request):
     if request.verb == "next_token":
         p = np.log(draw.dirichlet([1.0] * len(request.choices)))
         return LogprobReply(rows=(tuple(float(v) for v in p),))
+    if "The detector looks for" in request.messages[-1].content:
+        n = len(re.findall(r"^\d+\t", request.messages[-1].content, re.M))
+        return json.dumps({"active": [{"i": i + 1, "v": int(draw.integers(10))} for i in range(n)]})
     return json.dumps({"match": [i for i in range(1, 11) if draw.random() < 0.5]})
 
 
@@ -163,15 +181,15 @@ class CoinVectors:
 
 
 def plugin_of(name: str):
-    if name == "simulation/all_at_once":
-        return Simulation("all_at_once")
+    if name.startswith("simulation/"):
+        return Simulation(name.removeprefix("simulation/"))
     if name.endswith("/list"):
         return plugins.find(ROOM, name.removesuffix("/list"))(mode="list")
     return plugins.find(ROOM, name)()
 
 
 READERS = [n for n in plugins.names(ROOM) if getattr(plugins.find(ROOM, n), "uses_explanation", True)]
-READERS += ["simulation/all_at_once", "detection/list", "fuzzing/list"]
+READERS += ["simulation/all_at_once", "simulation/structured", "detection/list", "fuzzing/list"]
 WORD_BY_WORD = ("late_interaction", "simulation")
 """These see a word at a time, whatever their judge knows."""
 CASES = [(name, latent) for name in READERS for latent in GOLD if latent == "WORDS" or name not in WORD_BY_WORD]

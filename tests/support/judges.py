@@ -76,8 +76,12 @@ def script(says: Callable[[str, str], float | Failure]):
             return _continuation(request, says)
         said = request.messages[-1].content
         explanation = said.splitlines()[0].partition(": ")[2]
+        if "0" in getattr(request, "choices", ()):
+            return _digit(explanation, said.rpartition("Text: ")[2], says)
         if "1" in getattr(request, "choices", ()):
             return _odd_one(said, says)
+        if "The detector looks for" in said:
+            return _active(explanation, said, says)
         if request.verb == "next_token":
             p = says(explanation, said.rpartition("Snippet: ")[2])
             if isinstance(p, Failure):
@@ -92,6 +96,35 @@ def script(says: Callable[[str, str], float | Failure]):
         return json.dumps({"explanation": f"the word {min(seen, default='nothing')}"})
 
     return answer
+
+
+def _on(explanation: str, window: str) -> list[int]:
+    """Characters of words that hold a topic of the explanation."""
+    found = [m.span() for t in topics_in(explanation) for m in re.finditer(rf"\w*{t}\w*", window)]
+    return [i for first, after in found for i in range(first, after)]
+
+
+def _digit(explanation: str, read: str, says):
+    """9 if the marked last character ends a word known to hold the topic, else 0; as log-probabilities."""
+    window = read.replace("<<", "").replace(">>", "")
+    p = says(explanation, window)
+    if isinstance(p, Failure):
+        return p
+    digit = 9 if len(window) - 1 in _on(explanation, window) and not read.endswith("<< >>") else 0
+    return LogprobReply(rows=((*(math.log(0.9) if d == digit else None for d in range(10)), *[None] * 10),))
+
+
+def _active(explanation: str, said: str, says):
+    """9 on the characters of a topic, in the numbering of the request."""
+    active: list[dict[str, int]] = []
+    for text in re.split(r"^Text \d+$", said, flags=re.M)[1:]:
+        lines = re.findall(r"^(\d+)\t(.*)$", text, re.M)
+        window = "".join(c for _, c in lines)
+        p = says(explanation, window)
+        if isinstance(p, Failure):
+            return p
+        active += [{"i": int(lines[k][0]), "v": 9} for k in _on(explanation, window)]
+    return json.dumps({"active": active})
 
 
 def _odd_one(said: str, says):
