@@ -12,7 +12,7 @@ from sae.errors import SaescopeError
 _COMMANDS = {
     "assets": ("sae.__main__", "assets_main", "fetch the embedded model and texts; print paths, sizes, licences"),
     "train": ("sae.train_door", "main", "train SAEs, several from one stream; --plan predicts time, memory, disk"),
-    "convert": ("sae.convert", "main", "write an SAE in another format, self-checked"),
+    "convert": ("sae.format_doors", "convert_main", "write an SAE in another format, self-checked"),
     "scaling": ("sae.scaling_door", "main", "train a grid over width and k, fit the scaling laws, plot them"),
     "codes": ("sae.codes_door", "main", "measure an SAE with other numbers of latents, and with the best activations"),
     "inspect": ("sae.__main__", "inspect_main", "say what an SAE of any format or an artefact folder holds"),
@@ -55,7 +55,7 @@ def inspect_main(arguments: Sequence[str]) -> int:
 
     folder = next((Path(word) for word in arguments if (Path(word) / manifest.MANIFEST).is_file()), None)
     if folder is None or manifest.read_manifest(folder)["kind"] == "saes":
-        inspect_sae: Callable[[Sequence[str]], int] = import_module("sae.inspect").main
+        inspect_sae: Callable[[Sequence[str]], int] = import_module("sae.format_doors").inspect_main
         return inspect_sae(arguments)
     parser = argparse.ArgumentParser("python -m sae inspect", description=_COMMANDS["inspect"][2])
     parser.add_argument("path", type=Path, help="a folder below results/ or the cache")

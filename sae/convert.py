@@ -4,15 +4,13 @@ What is written is read back by its own importer and compared with the source on
 folder renamed into place. An export that would lose meaning is refused with the reason (FORMATS 6).
 """
 
-import argparse
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from sae import adapt, agreement, checkpoint, console, loading
+from sae import adapt, agreement, checkpoint, loading
 from sae.agreement import Agreement
 from sae.config import to_dict
 from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, Unsupported
@@ -89,70 +87,3 @@ def _verdict(found: Agreement, what: str) -> None:
             f"{found.reconstructions:.2g}, equal sets on {found.same_sets:.1%} of {found.tokens} tokens; "
             "nothing is written"
         )
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Flags for what a file does not say; the same for ``convert`` and ``inspect``."""
-    parser.add_argument("--activation", choices=("relu", "topk"), help="how to run a file that does not say")
-    parser.add_argument("--k", type=int, help="active latents per token, where the file does not say")
-    parser.add_argument("--input-norm", choices=("none", "layer_norm"), help="where the file does not say")
-    parser.add_argument("--scale-in", type=float, help="unfolded SAELens norm: n = x * scale_in")
-    parser.add_argument("--hookpoint", help="module that the SAE reads, e.g. layers.15")
-    parser.add_argument("--allow-16bit-thresholds", action="store_true", help="take thresholds rounded to 16 bits")
-    parser.add_argument(
-        "--check-on", metavar="MODEL", help="measure on activations of this model: default, folder or hub id"
-    )
-    parser.add_argument("--texts", default="default", help="texts for --check-on")
-    parser.add_argument("--tokens", type=int, default=4_096, help="tokens for --check-on")
-
-
-def options_of(given: argparse.Namespace) -> ImportOptions:
-    """The import options among the parsed flags."""
-    return ImportOptions(
-        activation=given.activation, k=given.k, input_norm=given.input_norm, scale_in=given.scale_in,
-        hookpoint=given.hookpoint, allow_16bit_thresholds=given.allow_16bit_thresholds,
-    )  # fmt: skip
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The door; exit status 0, or 2 by the errors of :func:`convert`."""
-    parser = argparse.ArgumentParser(
-        "python -m sae convert", description="write an SAE in another format, self-checked"
-    )
-    parser.add_argument("source", type=Path, help="file or folder of an SAE, any format")
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"native, {', '.join(names(loading.FORMATS))}")
-    parser.add_argument("--force", action="store_true", help="replace OUT")
-    add_options(parser)
-    given = parser.parse_args(arguments)
-    console.setup()
-    options, x_ND = options_of(given), None
-    if given.check_on:
-        from sae.real_inputs import model_inputs
-
-        p = loading.read(given.source, options)
-        x_ND = model_inputs(given.check_on, p.hookpoint, p.d_in, given.texts, given.tokens)
-    found = convert(given.source, given.out, given.to, options=options, x_ND=x_ND, force=given.force)
-    show(found, f"{given.source} -> {given.out} ({given.to})", real=x_ND is not None)
-    return 0
-
-
-def show(found: Agreement, title: str, *, real: bool) -> None:
-    """The comparison as a table."""
-
-    def number(value: float) -> str:
-        return "–" if value != value else f"{value:.6g}"
-
-    rows = [
-        (
-            "FVU" if real else "FVU (synthetic inputs: no measure of quality)",
-            number(found.fvu_before),
-            number(found.fvu_after),
-        ),
-        ("L0", number(found.l0_before), number(found.l0_after)),
-        ("tokens with the same active latents", "", f"{found.same_sets:.2%}"),
-        ("relative error of codes", "", f"{found.codes:.1e}"),
-        ("relative error of reconstructions", "", f"{found.reconstructions:.1e}"),
-        ("tokens", "", f"{found.tokens:,}"),
-    ]
-    console.table(title, ("", "before", "after"), rows, right=(1, 2))

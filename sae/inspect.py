@@ -6,7 +6,6 @@ D = d_in, F = d_sae.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,35 +117,8 @@ def show(path: Path, options: ImportOptions) -> Portable:
     return p
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The door. Exit status 1 where ``--check-on`` finds a recipe that fits the activations better."""
-    import argparse
-
-    from sae.convert import add_options, options_of
-
-    parser = argparse.ArgumentParser(
-        "python -m sae inspect", description="what an SAE is, its semantics and its health"
-    )
-    parser.add_argument("path", type=Path, help="file or folder of an SAE, any format; or an artefact folder")
-    add_options(parser)
-    given = parser.parse_args(arguments)
-    console.setup()
-    options = options_of(given)
-    p = show(given.path, options)
-    if not given.check_on:
-        return 0
-    from sae.real_inputs import model_inputs
-
-    x_ND = model_inputs(given.check_on, p.hookpoint, p.d_in, given.texts, given.tokens)
-    rows = probe(p, x_ND)
-    console.table(
-        f"recipe probe on {len(x_ND):,} tokens of {given.check_on}", ("recipe", "FVU", "L0"),
-        [(name, f"{fvu:.4f}", f"{l0:.1f}") for name, fvu, l0 in rows], right=(1, 2),
-    )  # fmt: skip
-    return _verdict(rows)
-
-
-def _verdict(rows: Sequence[tuple[str, float, Any]]) -> int:
+def verdict(rows: Sequence[tuple[str, float, float]]) -> int:
+    """Exit status of :func:`probe`: 1 where a change fits clearly better, or where nothing is reconstructed."""
     (_, own, _), *others = rows
     best, fvu, _ = min(others, key=lambda row: row[1])
     if own > 1 or fvu < (1 - PROBE_GAIN) * own:

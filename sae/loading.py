@@ -17,6 +17,8 @@ from sae.plugins import find, names
 from sae.portable import Format, ImportOptions, Portable, check
 
 FORMATS = "sae.formats"
+MAX_LOOKED_AT = 100
+"""Entries of a folder that are looked at for a hint in an error message."""
 NATIVE, UNKNOWN = adapt.NATIVE, adapt.UNKNOWN
 
 
@@ -30,16 +32,29 @@ def recognise(path: Path) -> str:
             f"{path} does not exist; expected a local file or folder (an id on the Hugging Face hub must be downloaded "
             "first: saescope fetches nothing on its own)"
         )
-    found = [name for name in names(FORMATS) if plugin(name).recognises(path)]
-    if path.is_dir() and _is_native(path):
-        found.insert(0, NATIVE)
+    found = _formats_of(path)
     if len(found) == 1:
         return found[0]
     if found:
         raise ArtefactError(f"{path} holds files of {' and of '.join(found)}; give each a folder, or name one file")
     inside = sorted(p.name for p in path.iterdir())[:12] if path.is_dir() else [path.name]
     known = "; ".join(plugin(name).title for name in names(FORMATS))
-    raise ArtefactError(f"{path} is no SAE of a known format: found {inside}; known are saescope's own folder, {known}")
+    near = _near(path)
+    hint = f"did you mean {' or '.join(map(str, near))}?" if near else f"known are saescope's own folder, {known}"
+    raise ArtefactError(f"{path} is no SAE of a known format: found {inside}; {hint}")
+
+
+def _formats_of(path: Path) -> list[str]:
+    native = [NATIVE] if path.is_dir() and _is_native(path) else []
+    return native + [name for name in names(FORMATS) if plugin(name).recognises(path)]
+
+
+def _near(path: Path) -> list[Path]:
+    """SAEs around a path that is none: the folder of a file, or up to three things inside a folder."""
+    if path.is_file():
+        return [path.parent] if _formats_of(path.parent) else []
+    inside = sorted(path.glob("*"))[:MAX_LOOKED_AT] + sorted(path.glob("*/*"))[:MAX_LOOKED_AT]
+    return [p for p in inside if _formats_of(p)][:3]
 
 
 def plugin(name: str) -> Format:

@@ -337,6 +337,14 @@ def test_two_formats_in_one_folder(tmp_path: Path):
         loading.load(folder)
 
 
+def test_the_right_path_is_suggested(tmp_path: Path):
+    folder = golden(tmp_path, "saelens/topk")
+    with pytest.raises(ArtefactError, match=f"did you mean {folder}"):
+        loading.load(folder / "sae_weights.safetensors")
+    with pytest.raises(ArtefactError, match=f"did you mean {folder}"):
+        loading.load(tmp_path)
+
+
 def test_no_format_at_all(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ArtefactError, match=r"notes.txt.*SAELens"):

@@ -182,7 +182,7 @@ def test_the_probe_finds_a_wrong_recipe(tmp_path: Path):
     p.W_enc_FD, p.W_dec_FD, p.b_enc_F, p.b_dec_D = rows_FD, rows_FD * 0.4, torch.full((48,), -0.3), bias_D
     right = inspect.probe(p, x_ND)
     wrong = inspect.probe(inspect.variants(p)["without pre-bias"], x_ND)
-    assert inspect._verdict(right) == 0 and inspect._verdict(wrong) == 1
+    assert inspect.verdict(right) == 0 and inspect.verdict(wrong) == 1
     assert min(right[1:], key=lambda row: row[1])[1] > right[0][1]
     assert min(wrong[1:], key=lambda row: row[1])[0] == "with b_dec subtracted from the input"
 
@@ -199,6 +199,15 @@ def test_health_marks_what_is_odd():
 
 def door(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "sae", *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", ["convert", "inspect"])
+def test_help_needs_no_torch(name: str):
+    code = f"import sys\nfrom sae.__main__ import main\ntry:\n main(['{name}', '--help'])\nexcept SystemExit:\n pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--check-on" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
