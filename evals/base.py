@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 from evals.results import Estimate, Metric, Row, SubjectInfo, make_row
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import torch
 
@@ -188,6 +189,9 @@ class EvalResult:
     """Per task, latent or document; written beside the rows as parquet."""
     counts: Mapping[str, Any] = field(default_factory=dict)
     """Sample sizes and the like, for the manifest; `dtype` and `device` belong here."""
+    draws: "Mapping[str, np.ndarray]" = field(default_factory=dict)
+    """:attr:`RowMaker.draws`, from an evaluation whose units and resampling weights are the same for every subject on
+    the same inputs: only then may two subjects be compared draw by draw (METRICS 3.2)."""
 
 
 class Eval(Protocol):
@@ -220,9 +224,13 @@ class RowMaker:
         self._eval, self._ctx = evaluation, ctx
         self._declared = {m.name: m for m in evaluation.metrics}
         self.rows: list[Row] = []
+        self.draws: dict[str, np.ndarray] = {}
+        """Resampled values of the aggregates, by "metric|split"."""
 
     def add(self, metric: str, estimate: Estimate, *, slice: str = "", split: str = "") -> None:
         """Append one row; KeyError for an undeclared metric."""
+        if slice == "" and estimate.draws is not None:
+            self.draws[f"{metric}|{split}"] = estimate.draws
         self.rows.append(
             make_row(
                 self._ctx.subject.info,

@@ -7,15 +7,14 @@ share one (METRICS 2). A missing value is a :class:`Cell` without value and with
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from evals.columns import HEADLINE, ColumnSpec
+from evals.gains import Cell, Draws, Gain, gain_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Z95 = 1.959964
-"""Half width of a 95 % normal interval in standard errors."""
 MATCHED_L0 = (8, 16, 32, 64, 128, 256)
 SUBJECT_FIELDS = (
     "sae_id",
@@ -50,30 +49,6 @@ class Column:
     @property
     def ranked(self) -> bool:
         return self.spec.better != "neither" and not self.weak
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One number with its interval, or the reason why there is none."""
-
-    value: float | None = None
-    ci_low: float | None = None
-    ci_high: float | None = None
-    stderr: float | None = None
-    n: int = 0
-    n_failed: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    """Value of an SAE minus that of its random SAE."""
-
-    value: float
-    ci_low: float | None
-    ci_high: float | None
-    verdict: Literal["better", "worse", "undecided", ""]
-    """"" where the column has no better side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +201,10 @@ def _cell(rows: "pd.DataFrame") -> Cell:
         return Cell(reason="not run")
     row = {
         name: plain(rows.iloc[0][name])
-        for name in ("value", "ci_low", "ci_high", "stderr", "n", "n_failed", "failure", "status")
+        for name in ("value", "ci_low", "ci_high", "stderr", "n", "n_failed", "failure", "status", "pairing")
     }
+    names = ("sae_id", "eval", "run_key", "metric", "split")
+    source = tuple(str(rows.iloc[0][name]) for name in names) if rows.iloc[0]["slice"] == "" else None
     reason = "" if row["value"] is not None else f"{row['status']}: {row['failure'] or 'no reason recorded'}"
     return Cell(
         value=row["value"],
@@ -237,6 +214,8 @@ def _cell(rows: "pd.DataFrame") -> Cell:
         n=int(row["n"] or 0),
         n_failed=int(row["n_failed"] or 0),
         reason=reason,
+        source=source,  # type: ignore[arg-type]
+        pairing=str(row["pairing"] or ""),
     )
 
 
@@ -295,23 +274,6 @@ def _random_of(subject: BoardSubject, baselines: Sequence[BoardSubject], l0: dic
     return min(same, key=distance).sae_id if same else None
 
 
-def gain_of(column: Column, value: Cell, floor: Cell) -> Gain | None:
-    """Difference to a floor. The interval adds the two standard errors as if independent, hence is cautious when the
-    two share their documents (METRICS 3.2 pairs them; rows alone do not allow it)."""
-    if value.value is None or floor.value is None or not column.spec.against_random:
-        return None
-    difference = value.value - floor.value
-    low = high = None
-    if value.stderr is not None and floor.stderr is not None:
-        half = Z95 * math.hypot(value.stderr, floor.stderr)
-        low, high = difference - half, difference + half
-    verdict: Literal["better", "worse", "undecided", ""] = ""
-    if column.ranked and low is not None and high is not None:
-        up = column.spec.better == "higher"
-        verdict = "undecided" if low <= 0 <= high else "better" if (low > 0) == up else "worse"
-    return Gain(value=difference, ci_low=low, ci_high=high, verdict=verdict)
-
-
 def weak_reason(auc: float | None, wrong_auc: float | None) -> str:
     """What the board says of a judge that failed its check."""
     found = "no AUC" if auc is None else f"AUC {auc:.2f}"
@@ -332,8 +294,11 @@ def weak_judges(rows: "pd.DataFrame") -> dict[tuple[str, str], str]:
     return weak
 
 
-def build_board(results: "pd.DataFrame") -> Board:
-    """Choose columns and cells from all rows (``evals.results.load_results``). No rows: an empty board."""
+def build_board(results: "pd.DataFrame", draws: Draws | None = None) -> Board:
+    """Choose columns and cells from all rows (``evals.results.load_results``). No rows: an empty board.
+
+    ``draws`` (``evals.results.read_draws`` on the same root) makes differences to floors paired where they can be.
+    """
     if results.empty:
         return Board()
     rows = newest(results)
@@ -364,7 +329,7 @@ def build_board(results: "pd.DataFrame") -> Board:
     for subject in saes:
         for column in columns:
             if subject.random_id is not None:
-                gain = gain_of(column, cells[subject.sae_id, column.id], cells[subject.random_id, column.id])
+                gain = gain_of(column, cells[subject.sae_id, column.id], cells[subject.random_id, column.id], draws)
                 if gain is not None:
                     gains[subject.sae_id, column.id] = gain
     return Board(columns=columns, subjects=[*saes, *baselines], cells=cells, gains=gains)

@@ -9,7 +9,8 @@ from typing import Any
 
 from autointerp.records import Exemplar, Explanation, Failure, JudgeCheck, LatentScore, ScoreItem, Simulation
 from evals import charts
-from evals.board import Cell, plain, weak_reason
+from evals.board import plain, weak_reason
+from evals.gains import Cell
 from evals.page_data import LatentData, SaeData
 from evals.page_text import number, percent, segments, visible
 from evals.page_tokens import TokenReader

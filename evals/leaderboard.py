@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.board import PROVENANCE, SUBJECT_FIELDS, Board, BoardSubject, Cell, Column, Gain, build_board
+from evals.board import PROVENANCE, SUBJECT_FIELDS, Board, BoardSubject, Column, build_board
 from evals.columns import HEADLINE
+from evals.gains import Cell, Gain
 from evals.matched import matched_l0, pareto
 from evals.page_data import RunInfo, run_info
 from evals.page_text import number
-from evals.results import load_results
+from evals.results import draws_below, load_results
 from sae import console
 from sae.errors import ArtefactError, SaescopeError
 
@@ -185,7 +186,7 @@ def write_tables(root: Path, board: Board, info: RunInfo) -> list[Path]:
 
 def print_board(root: Path) -> None:
     """The board in the terminal: one line per metric, one column per SAE, then the floors."""
-    board = build_board(load_results(root))
+    board = build_board(load_results(root), draws_below(root))
     if not board.subjects:
         console.say(f"no rows under {root}; run: python -m evals.run_all --root {root}")
         return
@@ -229,7 +230,7 @@ def build(root: Path, *, site: bool = True) -> list[Path]:
     results = load_results(root)
     if results.empty:
         raise ArtefactError(f"{root} holds no result rows; run: python -m evals.run_all --root {root}")
-    board = build_board(results)
+    board = build_board(results, draws_below(root))
     written = write_tables(root, board, run_info(root, results))
     if site:
         from evals.pages import build_site

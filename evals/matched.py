@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from evals.board import MATCHED_L0, Board, BoardSubject, Cell, Column, overlap
+from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
+from evals.gains import Cell
 
 State = Literal["front", "dominated", "undecided", ""]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.base import Eval, EvalContext, Subject
-from evals.results import DETAILS_FILE, row_dir, write_rows
+from evals.results import DETAILS_FILE, row_dir, write_draws, write_rows
 from evals.run_log import RunLog
 from sae import plugins
 from sae.errors import ConfigError
@@ -75,6 +75,8 @@ class Measurement:
         ) as out:
             result = evaluation.run(ctx)
             write_rows(out.path, result.rows, evaluation.metrics)
+            if result.draws:
+                write_draws(out.path, result.draws)
             if result.details is not None:
                 result.details.to_parquet(out.path / DETAILS_FILE, index=False)
             out.counts.update({"device": self.device, **result.counts})

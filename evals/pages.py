@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals import charts
-from evals.board import Board, BoardSubject, Cell, Column, build_board, newest
+from evals.board import Board, BoardSubject, Column, build_board, newest
+from evals.gains import Cell
 from evals.latent_page import latent_context
 from evals.matched import matched_l0, pareto
 from evals.page_data import RunInfo, SaeData, load_site_data, run_info
 from evals.page_text import config_text, number, percent, slug, sort_key, visible
+from evals.results import draws_below
 from evals.sae_page import sae_context
 from sae.console import progress
 from sae.manifest import canonical_json, sha256_text
@@ -57,7 +59,7 @@ def build_site(
     root = Path(root)
     info = run_info(root, results)
     data = load_site_data(root) if data is None else data
-    board = board or build_board(results)
+    board = board or build_board(results, draws_below(root))
     target, temporary = root / "site", root / f"site.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

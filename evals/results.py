@@ -6,17 +6,22 @@ they are read.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae.config import from_dict
 from sae.errors import ArtefactError, ConfigError
-from sae.manifest import canonical_json, is_complete, read_manifest
+from sae.manifest import canonical_json, is_complete, read_manifest, sha256_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROWS_FILE = "rows.jsonl"
 DETAILS_FILE = "details.parquet"
+DRAWS_FILE = "draws.npz"
 Status = Literal["ok", "undefined", "failed", "skipped"]
 KEY_FIELDS = ("sae_id", "eval", "eval_version", "metric", "slice", "split", "seed", "run_key")
 
@@ -69,6 +74,8 @@ class Estimate:
     n_failed: int = 0
     failure: str | None = None
     """Failure code when value is None."""
+    draws: "np.ndarray | None" = field(default=None, compare=False, repr=False)
+    """[R] resampled values that the interval is made of; not part of a row."""
 
     @staticmethod
     def undefined(code: str, n: int = 0, n_failed: int = 0) -> "Estimate":
@@ -198,8 +205,42 @@ PROVENANCE_COLUMNS = (
 )
 
 
+def write_draws(folder: Path, draws: "Mapping[str, np.ndarray]") -> None:
+    """``draws.npz`` beside the rows: "metric|split" -> float32 [R] resampled values of an aggregate."""
+    import numpy as np
+
+    np.savez(folder / DRAWS_FILE, **{name: np.asarray(v, dtype=np.float32) for name, v in draws.items()})  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _read_draws(path: Path, _written: float) -> "dict[str, np.ndarray]":
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def read_draws(root: Path, sae_id: str, eval_name: str, run_key: str, metric: str, split: str) -> "np.ndarray | None":
+    """The draws behind an aggregate row, None where its evaluation kept none."""
+    path = row_dir(root, sae_id, eval_name, run_key) / DRAWS_FILE
+    if not path.is_file():
+        return None
+    return _read_draws(path, path.stat().st_mtime).get(f"{metric}|{split}")
+
+
+def draws_below(root: Path) -> "Callable[[str, str, str, str, str], np.ndarray | None]":
+    """:func:`read_draws` of one results folder."""
+    return lambda *source: read_draws(root, *source)
+
+
+def pairing_of(manifest: Mapping[str, Any]) -> str:
+    """Equal for two subjects that one version of an evaluation measured on the same inputs in the same way."""
+    inputs = {name: key for name, key in manifest.get("inputs", {}).items() if name != "sae"}
+    return sha256_text(canonical_json([manifest.get("stage_version"), manifest.get("config"), inputs]))[:16]
+
+
 def load_results(root: Path) -> Any:
-    """All rows under ``root`` as a DataFrame, provenance and wall time joined from the manifests."""
+    """All rows under ``root`` as a DataFrame, provenance, wall time and pairing joined from the manifests."""
     import pandas as pd
 
     records: list[Mapping[str, Any]] = []
@@ -207,6 +248,7 @@ def load_results(root: Path) -> Any:
         manifest = read_manifest(folder)
         made = {**manifest.get("provenance", {}), **manifest.get("counts", {})}
         extra = {name: made.get(name) for name in PROVENANCE_COLUMNS} | {"wall_s": manifest.get("wall_s")}
+        extra["pairing"] = pairing_of(manifest)
         records.extend(asdict(row) | extra for row in read_rows(folder))
-    columns = [f.name for f in fields(Row)] + [*PROVENANCE_COLUMNS, "wall_s"]
+    columns = [f.name for f in fields(Row)] + [*PROVENANCE_COLUMNS, "wall_s", "pairing"]
     return pd.DataFrame(records, columns=columns)

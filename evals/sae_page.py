@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evals import charts
-from evals.board import Board, BoardSubject, Cell, plain
+from evals.board import Board, BoardSubject, plain
+from evals.gains import Cell
 from evals.latent_page import best_scores, score_columns
 from evals.page_data import SaeData
 from evals.page_text import config_text, slug, visible

@@ -83,7 +83,8 @@ def summarise(value: float, resampled_R: Array, n: int, n_failed: int = 0, level
         return bare
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(finite, [tail, 100 - tail])
-    return Estimate(value=value, ci_low=float(low), ci_high=float(high), stderr=stderr, n=n, n_failed=n_failed)
+    return Estimate(value=value, ci_low=float(low), ci_high=float(high), stderr=stderr, n=n, n_failed=n_failed,
+                    draws=resampled_R)  # fmt: skip
 
 
 def function_of_sums(

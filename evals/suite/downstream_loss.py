@@ -336,7 +336,7 @@ class DownstreamLoss:
             table[f"ce_recovered_{arm}"] = (ablated - patched, ablated - clean)
         counts = {"scored_tokens": int(n.sum()), "documents": len(n), "dtype": "float32",
                   "equiv_compute_clipped": bool((patched - clean).sum() <= 0)}
-        return EvalResult(rows=made.rows, details=ratio_table(own.units, table), counts=counts)
+        return EvalResult(rows=made.rows, details=ratio_table(own.units, table), counts=counts, draws=made.draws)
 
 
 PLUGIN = DownstreamLoss()

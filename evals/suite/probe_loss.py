@@ -137,7 +137,7 @@ class ProbeLoss:
             "n_constant": pre.n_constant, "n_nonfinite": pre.n_nonfinite, "n_unconverged": pre.n_unconverged,
             "task_failures": probes.failures, "tasks_missing": sorted(probes.meta["missing"]), "dtype": "float32",
         }  # fmt: skip
-        return EvalResult(rows=rows.rows, details=_details(scored), counts=counts)
+        return EvalResult(rows=rows.rows, details=_details(scored), counts=counts, draws=rows.draws)
 
 
 def _by_task(

@@ -337,7 +337,7 @@ class Reconstruction:
                  "nmse_zero": (acc.sums.get("relative"), n_U)}
         if acc.active_F is not None:
             table["l0"] = (acc.sums.get("l0"), n_U)
-        return EvalResult(rows=made.rows, details=ratio_table(acc.sums.units, table), counts=counts)
+        return EvalResult(rows=made.rows, details=ratio_table(acc.sums.units, table), counts=counts, draws=made.draws)
 
 
 PLUGIN = Reconstruction()

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import synthetic_results as synthetic
 from synthetic_results import PCA, RANDOM, RELU, TOPK, info, write_row_folder, write_run
 
 from evals import leaderboard
-from evals.board import Board, Cell, build_board
+from evals.board import Board, build_board
+from evals.gains import Cell
 from evals.matched import interpolate, matched_l0, pareto
 from evals.page_data import run_info
 from evals.page_text import number
-from evals.results import load_results
+from evals.results import draws_below, load_results, write_draws
 from sae.errors import ArtefactError
 
 
@@ -239,3 +241,31 @@ def test_a_run_of_one_evaluation_has_a_board_with_gaps(root: Path, evaluation: s
     assert values == {evaluation}
     assert {column.spec.eval for column in board.columns} > {evaluation}
     assert "–" in leaderboard.markdown(board, run_info(root, rows))
+
+
+def test_a_gain_is_paired_where_both_were_resampled_alike(root: Path) -> None:
+    """Two SAEs that move together by document: the difference is far better known than either value."""
+    draws = np.random.default_rng(0).normal(0.0, 0.05, size=1_000)
+
+    def lookup(sae_id: str, evaluation: str, run_key: str, metric: str, split: str) -> np.ndarray | None:
+        if (evaluation, metric) != ("reconstruction", "fvu"):
+            return None
+        return 0.237 + draws if sae_id == TOPK else 0.871 + draws + 1e-4 * np.sin(draws * 1e4)
+
+    results = load_results(root)
+    alone, paired = build_board(results).gains[TOPK, "fvu"], build_board(results, lookup).gains[TOPK, "fvu"]
+    assert alone.value == paired.value == pytest.approx(0.237 - 0.871)
+    assert paired.ci_high - paired.ci_low < 1e-3 < alone.ci_high - alone.ci_low
+    assert build_board(results, lookup).gains[TOPK, "kl"] == build_board(results).gains[TOPK, "kl"]
+    other = results.assign(pairing=[s + e for s, e in zip(results["sae_id"], results["eval"], strict=True)])
+    assert build_board(other, lookup).gains[TOPK, "fvu"] == alone, "measured on other inputs: not paired"
+
+
+def test_draws_come_back_from_disk(root: Path) -> None:
+    folder = write_row_folder(root, info(TOPK), "reconstruction", {("fvu", ""): (0.5, 0.01)}, key="k8")
+    drawn = np.linspace(0.4, 0.6, 100)
+    write_draws(folder, {"fvu|test": drawn})
+    found = draws_below(root)(TOPK, "reconstruction", "k8", "fvu", "test")
+    assert found is not None and np.allclose(found, drawn)
+    assert draws_below(root)(TOPK, "reconstruction", "k8", "l0", "test") is None
+    assert draws_below(root)(TOPK, "reconstruction", "absent", "fvu", "test") is None
