@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted_pairs import TRANSCODER, Pairs
 from planted_store import META, PlantedStore, planted_store
-from test_transcoder import CFG, Pairs
 
 from sae import checkpoint, metrics
 from sae.plugins import find, names
@@ -22,7 +22,7 @@ def test_a_gpu_trains_what_a_cpu_trains(case: str, tmp_path: Path) -> None:
     transcodes = find("sae.architectures", name).transcodes
     store = (Pairs if transcodes else PlantedStore)(planted_store(n=8_200, d=64, g=96).x_ND[:8_192], "gpu")
     cfg = replace(
-        CFG, architecture=name, d_sae=128, k=4, l1=0.05, train_tokens=256 * 100,
+        TRANSCODER, architecture=name, d_sae=128, k=4, l1=0.05, train_tokens=256 * 100,
         input_norm="dataset_rms" if transcodes else "layer_norm", **OPTIONS.get(case, {}),
     )  # fmt: skip
     figures = []
