@@ -43,7 +43,7 @@ class ExemplarConfig:
 class InterpConfig:
     """Who explains, who judges, on how many latents."""
 
-    latents: int = 24
+    latents: int = 36
     """Explained latents per SAE, drawn uniformly from the eligible."""
     explainers: tuple[str, ...] = ("n2g", "token_list", "pmi")
     """File names in autointerp/explainers."""
@@ -51,6 +51,9 @@ class InterpConfig:
     """Texts per latent and explainer that a language model writes; the best on the split calibrate is scored."""
     scorers: tuple[str, ...] = ("late_interaction", "embedding", "surprisal", "simulation")
     """File names in autointerp/scorers; detection is added when a prompted judge is given."""
+    costly_latents: int | None = 12
+    """Of these latents at most so many are scored by `embedding` and `surprisal`, for which every window is a pass of a
+    model; the other scorers take all. None: all."""
     simulator: str = "word_embedding"
     """File name in autointerp/simulators, for the scorer `simulation`. all_at_once, structured and token_by_token ask
     the language model."""
@@ -68,3 +71,5 @@ class InterpConfig:
 
     def __post_init__(self) -> None:
         require(self.candidates >= 1, f"candidates must be positive, got {self.candidates}")
+        most = self.costly_latents
+        require(most is None or most >= 1, f"costly_latents must be positive or None, got {most}")

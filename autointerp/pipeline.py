@@ -78,7 +78,8 @@ def _options(plugin: Any) -> dict[str, Any]:
 def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) -> tuple[list[Any], list[Scorer]]:
     """(explainers, scorers) of a configuration, their needs checked; UnknownPlugin or Unsupported before any work."""
     explainers = [_told(find("autointerp.explainers", name), candidates=cfg.candidates) for name in cfg.explainers]
-    scorers = [_told(find("autointerp.scorers", name), simulator=cfg.simulator) for name in cfg.scorers]
+    told = {"simulator": cfg.simulator, "max_latents": cfg.costly_latents}
+    scorers = [_told(find("autointerp.scorers", name), **told) for name in cfg.scorers]
     for plugin in explainers:
         check_needs(plugin, ctx)
     for plugin in scorers:

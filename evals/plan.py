@@ -97,6 +97,7 @@ def _train_line(cfg: RunConfig, d_in: int, speed: float) -> PlanLine:
 
 def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: float) -> list[PlanLine]:
     i, e = cfg.interp, cfg.exemplars
+    dear = min(i.latents, i.costly_latents or i.latents)
     held = cfg.tokens.explain_tokens + cfg.tokens.calibrate_tokens + cfg.tokens.score_tokens
     k = cfg.train.k or 64
     lines = [
@@ -113,7 +114,7 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     if "pmi" in i.explainers:
         llm_tokens += i.latents * 6 * 60
     if "surprisal" in i.scorers:
-        llm_tokens += min(i.latents, 8) * 24 * 66
+        llm_tokens += dear * 24 * 66
     prompted = [s for s in (*i.explainers, *i.scorers) if s in ("highlighted", "detection", "fuzzing")]
     llm_tokens += i.latents * len(prompted) * 4_000
     local = i.client == "transformers"
@@ -124,9 +125,9 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
             f"{i.latents} latents of {n_subjects} SAEs by {', '.join(i.explainers)}",
         )
     )
-    seconds = n_subjects * i.latents * windows / 120
+    seconds = n_subjects * windows * (dear / 120 + i.latents / 1_000)
     if local:
-        seconds += n_subjects * min(i.latents, 8) * 24 * 66 * whole_s * ("surprisal" in i.scorers)
+        seconds += n_subjects * dear * 24 * 66 * whole_s * ("surprisal" in i.scorers)
     lines.append(
         PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0, n_subjects * llm_tokens)
     )

@@ -26,6 +26,10 @@ class Embedding:
     needs: ClassVar[frozenset[str]] = frozenset({"embedder"})
     metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
 
+    def __init__(self, *, max_latents: int | None = None) -> None:
+        """``max_latents`` tells the pipeline what to hand over (:func:`autointerp.pipeline.jobs_for`)."""
+        self.max_latents = max_latents
+
     def score_many(self, jobs: list[ScoreJob], ctx: ScoreContext) -> list[ScoreResult]:
         """One result per job; every distinct text is embedded once for all jobs."""
         assert ctx.embedder is not None

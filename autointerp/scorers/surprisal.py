@@ -39,7 +39,7 @@ class Surprisal:
         positive: int = 8,
         silent: int = 8,
         calibrate: int = 8,
-        max_latents: int | None = 8,
+        max_latents: int | None = None,
         selected_only: bool = True,
     ) -> None:
         """At most this many windows per job; half of ``calibrate`` are positive.
