@@ -13,7 +13,7 @@ import torch.nn.functional as nn_functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae import ops_cpu, ops_gpu
+from sae import ops_checks, ops_cpu, ops_gpu
 
 if TYPE_CHECKING:
     from sae_kernels.topk_encode import PreparedEncoder
@@ -63,9 +63,9 @@ def entries_of(latents: SparseLatents) -> Entries:
 
 
 def to_dense(latents: SparseLatents, d_sae: int) -> Tensor:
-    """``z_NF`` of the slots. Differentiable in the values."""
-    z_NF = latents.values_NK.new_zeros(latents.values_NK.shape[0], d_sae)
-    return z_NF.scatter_add(1, latents.indices_NK, latents.values_NK)
+    """``z_NF`` of the slots. Differentiable in the values. ``ValueError`` for an active slot outside 0..F - 1."""
+    values_NK, indices_NK = ops_checks.in_range(*latents, d_sae)
+    return values_NK.new_zeros(len(values_NK), d_sae).scatter_add(1, indices_NK, values_NK)
 
 
 def topk(h_NF: Tensor, k: int) -> SparseLatents:
@@ -179,6 +179,8 @@ def above(
     NaN counts as above: it must not pass for a latent that is silent. ``impl`` and ``dtype`` as in
     :func:`encode_threshold`. ``ValueError`` for a bar of another shape.
     """
+    ops_checks.encoder(u_ND, None, W_enc_FD, b_enc_F)
+    ops_checks.implementation(impl)
     if isinstance(bar, Tensor) and bar.shape != W_enc_FD.shape[:1]:
         raise ValueError(f"bar must be a number or [F] like W_enc {tuple(W_enc_FD.shape)}, got {tuple(bar.shape)}")
     if impl == "triton" or (impl == "auto" and ops_gpu.takes_encoder(u_ND, W_enc_FD)):
@@ -242,6 +244,10 @@ def encode_topk(
     whose set of latents may be off by one (about 0.5 % of them) and gives values of 16 bits of fraction. Slots are in
     falling order of value by torch, in no order by Triton.
     """
+    ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
+    ops_checks.implementation(impl)
+    if not 1 <= k <= len(W_enc_FD):
+        raise ValueError(f"k must lie in 1..{len(W_enc_FD)}, got {k} for W_enc {tuple(W_enc_FD.shape)}")
     if impl == "triton" or (impl == "auto" and ops_gpu.takes_encoder(n_ND, W_enc_FD)):
         return SparseLatents(*ops_gpu.encode_topk(n_ND, b_pre_D, W_enc_FD, b_enc_F, k, prepared, exact))
     return SparseLatents(*_EncodeTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k))
@@ -259,6 +265,7 @@ def encode_threshold(
     ``impl`` as in :func:`sparse_decode`; ``dtype``: type of Triton's operands, that of W_enc by default. ``ValueError``
     for a bar of another shape.
     """
+    ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     bar = bar_F.detach() if isinstance(bar_F, Tensor) else float(bar_F)
     return Entries(*_EncodeThreshold.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, bar, impl, dtype))
 
@@ -289,6 +296,7 @@ class _EncodeDense(torch.autograd.Function):
 
 def encode_dense(n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
     """``h_NF = (n - b_pre) @ W_enc.T + b_enc``; its backward has one dense product less than autograd's."""
+    ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     return _EncodeDense.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F)  # type: ignore[no-any-return]
 
 
@@ -322,10 +330,15 @@ class _DecodeEntries(torch.autograd.Function):
 def decode_entries(entries: Entries, W_dec_FD: Tensor, impl: Impl = "auto") -> Tensor:
     """``y_ND = sum over the entries of n of value * W_dec[index]``, no bias; differentiable in values and W_dec.
 
-    ``impl`` as in :func:`sparse_decode`.
+    ``impl`` as in :func:`sparse_decode`, errors too.
     """
+    ops_checks.decoder(*entries[:2], W_dec_FD)
+    ops_checks.offsets(entries.offsets_N1, len(entries.values_E))
+    ops_checks.implementation(impl)
     if impl == "triton" or (impl == "auto" and ops_gpu.takes_decode(*entries[:2], W_dec_FD)):
         return ops_gpu.decode_entries(*entries, W_dec_FD)
+    values_E, indices_E = ops_checks.in_range(*entries[:2], len(W_dec_FD))
+    entries = Entries(values_E, indices_E, entries.offsets_N1)
     if W_dec_FD.is_cuda and W_dec_FD.dtype in (torch.bfloat16, torch.float16):
         # On CUDA torch has no gradient of a bag's weights in 16 bits (pytorch #185808).
         wide = entries._replace(values_E=entries.values_E.float())
@@ -338,13 +351,15 @@ def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor, impl:
 
     ``impl``: ``triton`` (CUDA, or the interpreter in tests; never falls back: ``ValueError`` or ``TypeError``),
     ``torch``, or ``auto`` = Triton for CUDA tensors it takes, with one warning where it does not. Empty
-    slots (value 0) add nothing and get the gradient of their latent.
+    slots (value 0) add nothing and get the gradient of the latent they name, 0 if they name none. An active index
+    outside 0..F - 1: ``ValueError`` by torch, NaN in its token by Triton, which waits for nothing. ``ValueError`` and
+    ``TypeError`` for other shapes and types.
     """
-    if values_NK.shape != indices_NK.shape or values_NK.dim() != 2 or W_dec_FD.dim() != 2:
-        raise ValueError(
-            "sparse_decode wants values [N, K], indices [N, K] and W_dec [F, D], got "
-            f"{tuple(values_NK.shape)}, {tuple(indices_NK.shape)}, {tuple(W_dec_FD.shape)}"
-        )
+    ops_checks.decoder(values_NK, indices_NK, W_dec_FD)
+    ops_checks.implementation(impl)
+    if values_NK.dim() != 2:
+        shapes = f"{tuple(values_NK.shape)} for W_dec {tuple(W_dec_FD.shape)}"
+        raise ValueError(f"sparse_decode wants values and indices [N, K], got {shapes}")
     if impl == "triton" or (impl == "auto" and ops_gpu.takes_decode(values_NK, indices_NK, W_dec_FD)):
         return ops_gpu.sparse_decode(values_NK, indices_NK, W_dec_FD)
     return decode_entries(entries_of(SparseLatents(values_NK, indices_NK)), W_dec_FD, "torch")

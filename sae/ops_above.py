@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae import ops_checks
 from sae.ops import Entries, _centred, _encoder_gradients, above, encode_threshold, sums_by_latent
 
 LOWER_BAR = 0.5
@@ -92,6 +93,7 @@ def encode_batchtopk(
     ``bar``: what the K N-th is expected not to be below. It changes the time alone: too high a bar is found out, by the
     number of candidates, and lowered.
     """
+    ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     if not 1 <= k <= len(W_enc_FD):
         raise ValueError(f"k must lie in 1..{len(W_enc_FD)}, got {k}")
     *entries, theta = _EncodeBatchTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k * len(n_ND), bar)
@@ -145,6 +147,7 @@ def encode_jump(
     ``dz/dtheta = -(theta/eps) R((h - theta)/eps)``, ``dH/dtheta = -(1/eps) R((h - theta)/eps)``; the pre-activation
     gets the gradient of an active latent and none from H. ``ValueError`` unless width > 0; thresholds at least 0.
     """
+    ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     if not width > 0:
         raise ValueError(f"the width of the straight-through window must be positive, got {width}")
     *entries, l0 = _EncodeJump.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, theta_F, width)

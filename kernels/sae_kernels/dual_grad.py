@@ -184,9 +184,13 @@ def ragged_worklist(indices_E: Tensor, tokens_E: Tensor, n_latents: int) -> Work
 
 
 def tokens_of(offsets_N1: Tensor, n_entries: int) -> Tensor:
-    """int32 token of each of E entries; those of token n are ``offsets[n]:offsets[n + 1]``. No host sync."""
-    tokens_N = torch.arange(len(offsets_N1) - 1, dtype=torch.int32, device=offsets_N1.device)
-    return torch.repeat_interleave(tokens_N, offsets_N1.diff(), output_size=n_entries)
+    """int32 token of each of E entries; those of token n are ``offsets[n]:offsets[n + 1]``. No host sync.
+
+    Whatever the offsets are, tokens lie in 0..N - 1: nothing can be read that is not there.
+    """
+    at_E = torch.arange(n_entries, device=offsets_N1.device)
+    tokens_E = torch.searchsorted(offsets_N1[1:], at_E, right=True, out_int32=True)
+    return tokens_E.clamp_(max=max(len(offsets_N1) - 2, 0))
 
 
 def _sorted(latents_E: Tensor, n_latents: int, n_slots: int, tokens_E: Tensor | None) -> Worklist:

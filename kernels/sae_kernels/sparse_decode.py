@@ -30,8 +30,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((CHANNELS,), dtype=tl.float32)
     begin = token * n_slots
     if RAGGED:
+        # Here n_slots is E. Offsets that reach past the entries must not be followed, nor pass unnoticed: NaN.
         begin = tl.load(offsets_ptr + token)
-        n_slots = (tl.load(offsets_ptr + token + 1) - begin).to(tl.int32)
+        end = tl.load(offsets_ptr + token + 1)
+        wrong = (begin < 0) | (end < begin) | (end > n_slots)
+        n_slots = tl.where(wrong, 0, end - begin).to(tl.int32)
+        total += tl.where(wrong, float("nan"), 0.0)
     for start in range(0, n_slots, ROWS):
         slots = start + tl.arange(0, ROWS)
         used = slots < n_slots
@@ -51,7 +55,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 def _decode(values: Tensor, indices: Tensor, offsets_N1: Tensor | None, W_FD: Tensor) -> Tensor:
     """``y_ND`` of slots [N, K], or of entries [E] with offsets."""
     width = W_FD.shape[1]
-    n_tokens, n_slots = values.shape if offsets_N1 is None else (len(offsets_N1) - 1, 0)
+    n_tokens, n_slots = values.shape if offsets_N1 is None else (len(offsets_N1) - 1, len(values))
     out_ND = torch.empty(n_tokens, width, dtype=W_FD.dtype, device=W_FD.device)
     if n_tokens == 0:
         return out_ND
@@ -114,7 +118,8 @@ def sparse_decode(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor) -> Tensor
 def decode_entries(values_E: Tensor, indices_E: Tensor, offsets_N1: Tensor, W_FD: Tensor) -> Tensor:
     """``y_ND`` of codes of any width: the entries of token n are ``offsets[n]:offsets[n + 1]``, int64, from 0 to E.
 
-    Otherwise as :func:`sparse_decode`. Active indices lie in 0..F - 1 where W wants a gradient.
+    Otherwise as :func:`sparse_decode`. Offsets that reach past the entries make their token NaN. Active indices lie in
+    0..F - 1 where W wants a gradient.
     """
     if values_E.dim() != 1 or offsets_N1.dim() != 1 or len(offsets_N1) == 0 or offsets_N1.dtype != torch.int64:
         raise ValueError(

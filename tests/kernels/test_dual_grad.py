@@ -171,9 +171,34 @@ def test_unsupported_operands_are_named() -> None:
         dual_grad.worklist(coef_dec[:3], indices, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_result_of_16_bits_is_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CHUNK", 4)  # a latent on every token: a head and pieces
+    g = torch.Generator().manual_seed(3)
+    indices = torch.randint(4, (13, 3), generator=g).to(DEVICE)
+    indices[:, 0] = 2
+    coef, rows = torch.rand(13, 3, generator=g).to(DEVICE), torch.randn(13, 20, generator=g).to(DEVICE)
+    work = dual_grad.worklist(coef, indices, 5)
+    wide, narrow = dual_grad.single_gradient(work, coef, rows), dual_grad.single_gradient(work, coef, rows, dtype)
+    assert narrow.dtype == dtype
+    # The interpreter cuts float32 to bfloat16 where a GPU rounds.
+    assert torch.allclose(narrow.float(), wide.to(dtype).float(), rtol=0 if CUDA else 2**-7, atol=0)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 3, 7], [0, 0, 0, 7], [0, 9, -4, 30]])
+def test_tokens_of_entries_are_tokens_whatever_the_offsets_are(offsets: list[int]) -> None:
+    given = torch.tensor(offsets, device=DEVICE)
+    tokens = dual_grad.tokens_of(given, 7)
+    assert tokens.dtype == torch.int32 and bool(((tokens >= 0) & (tokens < 3)).all())
+    if offsets[-1] == 7:
+        assert torch.equal(tokens.long(), torch.repeat_interleave(torch.arange(3, device=DEVICE), given.diff()))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@pytest.mark.parametrize(("d", "f", "dtype"), [(768, 32_768, torch.bfloat16), (2_304, 16_384, torch.float32)])
+@pytest.mark.parametrize(("d", "f", "dtype"), [
+    (768, 32_768, torch.bfloat16), (2_304, 16_384, torch.float32), (576, 32_768, torch.float16),
+])  # fmt: skip
 def test_real_sizes_hot_latents_and_twenty_equal_runs(d: int, f: int, dtype: torch.dtype) -> None:
     """The interpreter runs one program after another and cannot show a race."""
     g = torch.Generator(device="cuda").manual_seed(0)

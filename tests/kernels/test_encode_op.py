@@ -58,6 +58,19 @@ def test_values_and_gradients_equal_dense_float64(n: int, d: int, f: int, k: int
         assert float((a.double() - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max())), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_sum_in_float32(dtype: torch.dtype) -> None:
+    parameters = leaves(4, 24, 200, dtype)
+    upstream = torch.randn(4, 200, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    n, b_pre, W, b = parameters
+    got = by_triton(parameters, 5, upstream)
+    # The reference takes the u that was rounded to 16 bits: it decides which latents are selected.
+    want = dense([(n - b_pre).detach(), torch.zeros_like(b_pre), W, b], 5, upstream)
+    assert all(t.dtype == dtype for t in got)
+    for name, a, w in zip(("z", "dn", "db_pre", "dW_enc", "db_enc"), got, want, strict=True):
+        assert float((a.double() - w).abs().max()) <= 2e-2 * max(1.0, float(w.abs().max())), name
+
+
 def test_a_copy_in_bfloat16_is_used_where_it_is_given() -> None:
     n, b_pre, W, b = leaves(4, 32, 300)
     prepared = te.prepare(W.detach(), b.detach(), dtype=torch.bfloat16)

@@ -137,7 +137,7 @@ def test_unsupported_operands_are_named() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [576, 768, 2_304, 4_096, 6_000])
 def test_real_sizes_and_twenty_equal_runs(d: int, dtype: torch.dtype) -> None:
     """The interpreter runs one program after another and cannot show a race."""

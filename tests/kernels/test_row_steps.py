@@ -44,7 +44,7 @@ def test_a_zero_row_stays_zero() -> None:
     assert row_steps.renorm_rows_(W)[1].tolist() == [0.0] * 20
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "d"), [(0, 8), (1, 5), (150, 300)])
 def test_weighted_column_sums(n: int, d: int, dtype: torch.dtype) -> None:
     weights, rows = draw(n), draw(n, d, seed=1).to(dtype)

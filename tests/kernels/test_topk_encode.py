@@ -113,7 +113,7 @@ def test_half_types_sum_in_float32(dtype: torch.dtype, path: str, poisoned: None
 
 
 @pytest.mark.parametrize("programs", [0, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bulk_loads_give_what_pointers_give(dtype: torch.dtype, programs: int, poisoned: None) -> None:
     if CUDA and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs TMA")
@@ -312,7 +312,7 @@ def natural(prepared: object) -> tuple[Tensor, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("path", ["A", "B", "C"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_real_sizes_against_float64(dtype: torch.dtype, path: str) -> None:
     u, prepared = big(dtype)
     values, indices, flags = te.encode_topk(u, prepared, 32, path=path)

@@ -110,11 +110,13 @@ def test_one_hot_latent_and_any_function_of_the_error(monkeypatch: pytest.Monkey
     compare(batch(13, 16), p, 4, True, 1e-5, of=lambda sse: sse.sum() / 3)  # the upstream gradient is expanded
 
 
-def test_bfloat16_copies_give_bfloat16_errors() -> None:
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_copies_of_16_bits_give_errors_of_16_bits(kind: torch.dtype) -> None:
     n, p, k = batch(6, 48), leaves(64, 48), 5
-    got = ops_fused.topk_loss(n, *p, k)
-    assert got.r_ND.dtype == got.u_ND.dtype == torch.bfloat16
-    rounded = [t.detach().bfloat16().double() if t.dim() == 2 else t.detach().double() for t in p]
+    copies = ops_fused.ComputeCopies.of(*p[:3], dtype=kind)
+    got = ops_fused.topk_loss(n, *p, k, copies=copies)
+    assert got.r_ND.dtype == got.u_ND.dtype == kind
+    rounded = [t.detach().to(kind).double() if t.dim() == 2 else t.detach().double() for t in p]
     doubles = [t.requires_grad_() for t in rounded]
     want = dense(n.double(), doubles, k, True, got.u_ND.double())
     assert torch.allclose(got.sse_N.double(), want, rtol=1e-3)
