@@ -25,8 +25,12 @@ PACKAGE = "sae.architectures"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", [*names(PACKAGE), *metafunc.config.getoption("--plugin")])
+    found = [*names(PACKAGE), *metafunc.config.getoption("--plugin")]
+    if "option" in metafunc.fixturenames:
+        cases = [(name, "") for name in found] + [(name, OPTIONS[name]) for name in found if name in OPTIONS]
+        metafunc.parametrize(("name", "option"), cases)
+    elif "name" in metafunc.fixturenames:
+        metafunc.parametrize("name", found)
 
 
 OPTIONS = {"topk": "multi_topk", "relu": "l1_decoder_norm"}
@@ -129,14 +133,11 @@ def test_the_start_is_a_function_of_the_seed(name: str) -> None:
 
 @pytest.mark.parametrize("shift", [0.0, -1.5], ids=["generic", "few positive"])
 @pytest.mark.parametrize("dead_share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("with_option", [False, True], ids=["", "option"])
 def test_the_gradient_of_the_loss_equals_dense_autograd(
-    name: str, with_option: bool, dead_share: float, shift: float
+    name: str, option: str, dead_share: float, shift: float
 ) -> None:
     """float64, every parameter, with the auxiliary loss where the architecture has one."""
-    if with_option and name not in OPTIONS:
-        pytest.skip("no option")
-    options = {OPTIONS[name]: True} if with_option else {}
+    options = {option: True} if option else {}
     sae = make(name, options).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -144,7 +145,7 @@ def test_the_gradient_of_the_loss_equals_dense_autograd(
             if key.endswith("_F"):  # biases, scales and thresholds differ from latent to latent
                 parameter.add_(0.02 * torch.randn(F, generator=generator, dtype=torch.float64))
         sae.b_enc_F.add_(shift)
-        if with_option and name == "relu":
+        if option == "l1_decoder_norm":
             sae.W_dec_FD.mul_(torch.rand(F, 1, generator=generator, dtype=torch.float64) + 0.5)
         if name == "jumprelu":
             sae.bandwidth.fill_(0.8)  # or too few entries lie in the window

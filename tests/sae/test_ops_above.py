@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dense_reference import Jump, Step, batch_topk
 from torch import Tensor
 
 from sae import ops_above
@@ -91,6 +92,32 @@ def test_jump_reports_the_l0_of_its_code_and_lists_what_lies_just_below() -> Non
     assert float(code.l0) == int((h > 1.0).sum()) / N
     assert len(code.entries.values_E) == int((h > 0.7).sum()) > int((h > 1.0).sum())
     torch.testing.assert_close(as_dense(code.entries), torch.where(h > 1.0, h, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["above", "batchtopk", "jump"])
+@pytest.mark.parametrize("shift", [0.0, -3.0], ids=["generic", "few positive"])
+def test_gradients_equal_dense_autograd_in_every_tensor(kind: str, shift: float) -> None:
+    """Of a function of the code (and of L0) that weights every entry differently; the input's gradient included."""
+    ours, dense_leaves = ([t.requires_grad_() for t in tensors(seed=4, shift=shift)] for _ in range(2))
+    theta = [torch.linspace(0.1, 2.0, F, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    weights = torch.randn(N, F, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    h, l0 = dense(*dense_leaves), torch.zeros((), dtype=torch.float64)
+    if kind == "above":
+        entries, z = ops_above.encode_above(*ours, theta[0]), h * (h > theta[1].detach())
+    elif kind == "batchtopk":
+        entries, z = ops_above.encode_batchtopk(*ours, K, bar=0.3).entries, batch_topk(h, K)
+    else:
+        code = ops_above.encode_jump(*ours, theta[0], 0.7)
+        entries, z = code.entries, Jump.apply(h, theta[1], 0.7)
+        l0 = (code.l0 - 2.5).square()
+        (Step.apply(h, theta[1], 0.7).sum(1).mean() - 2.5).square().backward(retain_graph=True)
+    tokens = torch.repeat_interleave(torch.arange(N), entries.offsets_N1.diff())
+    (l0 + (entries.values_E * weights[tokens, entries.indices_E]).sum()).backward()
+    (z * weights).sum().backward()
+    pairs = list(zip(ours, dense_leaves, strict=True)) + ([(theta[0], theta[1])] if kind == "jump" else [])
+    for a, b in pairs:
+        assert a.grad is not None and b.grad is not None and float(b.grad.abs().max()) > 0
+        assert float((a.grad - b.grad).abs().max()) <= 1e-10 * max(1.0, float(b.grad.abs().max()))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 9])

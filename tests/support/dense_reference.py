@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.base import SAE, TrainState
 
 
-class _Step(torch.autograd.Function):
+class Step(torch.autograd.Function):
     """H(h - theta) with the straight-through gradient of theta (arXiv 2407.14435, eq. 11)."""
 
     @staticmethod
@@ -27,7 +27,7 @@ class _Step(torch.autograd.Function):
         return None, (-window / ctx.width * grad).sum(0), None
 
 
-class _Jump(torch.autograd.Function):
+class Jump(torch.autograd.Function):
     """h H(h - theta) with its straight-through gradient (eq. 12)."""
 
     @staticmethod
@@ -71,8 +71,8 @@ def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> t
         z = batch_topk(h, sae.cfg.k)
     elif name == "jumprelu":
         width = float(sae.bandwidth)
-        z = _Jump.apply(h, sae.threshold_F, width)
-        l0 = _Step.apply(h, sae.threshold_F, width).sum(1).mean()
+        z = Jump.apply(h, sae.threshold_F, width)
+        l0 = Step.apply(h, sae.threshold_F, width).sum(1).mean()
         extra = state.sparsity_ramp * cfg.l0_weight * (l0 / sae.cfg.k - 1) ** 2
     elif name == "gated":
         product = (n - sae.b_dec_D) @ sae.W_enc_FD.T
