@@ -4,6 +4,7 @@ A run keeps ``<sae_id>.run/step-<n>/`` with every tensor and counter that the ne
 last, so that a process killed at any moment leaves the steps before. No pickle.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import signal
 import struct
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -95,6 +98,28 @@ class Keeper:
         """Steps have been saved."""
         signals.save = False
         self._last = time.monotonic()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process: two that train one SAE would write over each other's log and steps.
+
+    :class:`sae.errors.ArtefactError` where another one holds it. A killed process lets go; a file system without locks
+    is taken as free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ArtefactError(f"{folder} is in use: another process trains this SAE; wait for it or stop it") from None
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", folder, error)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # -- what a step consists of ------------------------------------------------------------------------------------------

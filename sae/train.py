@@ -91,6 +91,8 @@ def train_many(
     failures: dict[str, str] = {}
     with ExitStack() as stack:
         signals = stack.enter_context(resume.Signals())
+        for i in missing:
+            stack.enter_context(resume.locked(run_folder(folders[i])))
         if force:
             for i in missing:
                 resume.forget(run_folder(folders[i]))
@@ -200,7 +202,7 @@ def _loop(
                 elif not run.active:
                     _finish(run, store, failures)
             bar.advance(len(x_ND), note=" | ".join(run.note for run in runs))
-            _save_steps(runs, store.key, index + 1, keeper, signals)
+            _save_steps(runs, store.key, index + 1, keeper, signals, failures)
             if not any(run.active for run in runs):
                 return
     short = [run.folder.name for run in runs if run.active]
@@ -226,12 +228,19 @@ def _check_finite(store: Store, x_ND: Tensor, flat: Any, step: int) -> None:
         )
 
 
-def _save_steps(runs: list[Run], store_key: str, step: int, keeper: resume.Keeper, signals: resume.Signals) -> None:
+def _save_steps(
+    runs: list[Run], store_key: str, step: int, keeper: resume.Keeper, signals: resume.Signals,
+    failures: dict[str, str],
+) -> None:  # fmt: skip
     active = [run for run in runs if run.active and run.step == step]
     if not active or not keeper.due(step, signals):
         return
     for run in active:
-        resume.save(run, store_key)
+        try:
+            resume.save(run, store_key)
+        except DataError as error:  # its next loss would not be finite either; the others go on
+            run.failure = failures[run.folder.name] = str(error)
+            logger.error("%s; the other SAEs go on", error)
     keeper.done(signals)
     if signals.stop:
         raise resume.TrainingInterrupted(f"{len(active)} SAE(s) saved after step {step}; the same command goes on")

@@ -24,7 +24,7 @@ from sae.config import TrainConfig
 from sae.errors import ArtefactError, DataError, StaleArtefact
 from sae.lagged import Lagged
 from sae.metric_log import read_log
-from sae.train import sae_id_of, train_key, train_many
+from sae.train import TrainingDiverged, sae_id_of, train_key, train_many
 from sae.train_run import Run, run_folder, start
 
 TOPK = TrainConfig(
@@ -102,6 +102,42 @@ def test_every_architecture_goes_on_bit_for_bit(architecture: str, ema: float, t
     (whole,) = train_many(tmp_path / "whole", killable.store(), [cfg], META)
     interrupted(tmp_path, [cfg], 17)
     (folder,) = train_many(tmp_path, killable.store(), [cfg], META)
+    assert contents(folder) == contents(whole)
+
+
+class Paired(Signalling):
+    """Targets are a linear map of the inputs, one channel narrower."""
+
+    def read_target(self, flat: Any) -> torch.Tensor:
+        mix = torch.randn(16, 15, generator=torch.Generator().manual_seed(3))
+        return self.read(flat).relu() @ mix
+
+
+@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder"])
+def test_transcoders_go_on_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    cfg = replace(TOPK, architecture=architecture, ema_decay=0.0, input_norm="dataset_rms")
+    store = Paired(killable.store().x_ND, killable.store().key)
+    store.at = -1
+    (whole,) = train_many(tmp_path / "whole", store, [cfg], META)
+    store.at = 17
+    with pytest.raises(resume.TrainingInterrupted, match="after step 18"):
+        train_many(tmp_path, store, [cfg], META)
+    state = run_folder(folder_of(tmp_path, cfg)) / "step-18" / resume.TENSORS
+    assert state.stat().st_size < 60_000, "no batch is part of a saved step"
+    store.at = -1
+    (folder,) = train_many(tmp_path, store, [cfg], META)
+    assert contents(folder) == contents(whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["topk", "relu", "batchtopk", "jumprelu"])
+def test_on_a_gpu_too(architecture: str, tmp_path: Path) -> None:
+    """Fused steps, figures that come late, compute copies of the weights: all sums have a fixed order."""
+    cfg = replace(TOPK, architecture=architecture, d_sae=512, k=8, ema_decay=0.0)
+    (whole,) = train_many(tmp_path / "whole", killable.store(), [cfg], META, device="cuda")
+    with pytest.raises(resume.TrainingInterrupted):
+        train_many(tmp_path, signalling(17), [cfg], META, device="cuda")
+    (folder,) = train_many(tmp_path, killable.store(), [cfg], META, device="cuda")
     assert contents(folder) == contents(whole)
 
 
@@ -223,6 +259,33 @@ def a_run(root: Path, cfg: TrainConfig = TOPK) -> Run:
     folder = folder_of(root, cfg)
     store = planted_store(n=256)
     return start(cfg, META, "0" * 16, folder, store, store.x_ND, MetricLog(run_folder(folder) / "train.jsonl"))
+
+
+def test_one_whose_weights_overflow_does_not_stop_the_others(
+    whole: list[list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(run: Run, key: str, real: Any = resume.save) -> Path:
+        if run.cfg.architecture == "relu" and run.step == 12:
+            with torch.no_grad():
+                run.sae.W_enc_FD[0, 0] = float("inf")
+        return Path(real(run, key))
+
+    monkeypatch.setattr(resume, "save", save)
+    with pytest.raises(TrainingDiverged, match="W_enc_FD is not finite after step 12") as caught:
+        train_many(tmp_path, killable.store(), [TOPK, RELU], META, keeper=resume.Keeper(every_steps=6))
+    assert [contents(path) for path in caught.value.paths] == whole[:1]
+    steps = sorted(path.name for path in run_folder(folder_of(tmp_path, RELU)).iterdir())
+    assert steps == ["step-6", "train.jsonl"]
+
+
+def test_two_processes_do_not_train_one_sae(whole: list[list[Any]], tmp_path: Path) -> None:
+    folder = run_folder(folder_of(tmp_path, TOPK))
+    with resume.locked(folder):
+        with pytest.raises(ArtefactError, match="in use"):
+            train_many(tmp_path, killable.store(), [TOPK], META)
+        (other,) = train_many(tmp_path, killable.store(), [RELU], META)
+    (mine,) = train_many(tmp_path, killable.store(), [TOPK], META)
+    assert [contents(mine), contents(other)] == whole
 
 
 def test_figures_on_their_way_from_a_device_are_kept() -> None:

@@ -1,8 +1,10 @@
 """The door ``python -m sae train``: grids, existing activations, the prediction and what the run then takes."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,29 @@ def test_a_transcoder_and_an_sae_from_one_stream(
     assert "is for transcoders" in capsys.readouterr().err
     assert main([*plain, "--train.architecture=transcoder", "--train.input-norm=dataset_rms"]) == 2
     assert "--hookpoint-out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_terminated_command_goes_on_when_it_is_given_again(words: list[str], tmp_path: Path) -> None:
+    """SIGTERM from outside: exit status 130, then the bytes of a run that nothing stopped."""
+    command = [sys.executable, "-m", "sae", *words, "--train.train-tokens=1024000", "--train.dead-tokens=65536"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and first.poll() is None:
+        logs = list(tmp_path.glob("saes/*.run/train.jsonl"))
+        if logs and len(logs[0].read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130 and "goes on from there" in errors and not saes(tmp_path)
+    assert list(tmp_path.glob("saes/*.run/step-*/manifest.json"))
+    assert subprocess.run(command, capture_output=True, check=True).returncode == 0
+    (stopped,) = saes(tmp_path)
+    names = (checkpoint.WEIGHTS, checkpoint.CFG, checkpoint.REFERENCE)
+    files = [(stopped.parent / name).read_bytes() for name in names]
+    assert subprocess.run([*command, "--force"], capture_output=True, check=True).returncode == 0
+    assert [(stopped.parent / name).read_bytes() for name in names] == files
 
 
 def test_a_grid_equals_one_call_of_train_many(words: list[str], tmp_path: Path) -> None:
