@@ -1,7 +1,7 @@
 """Between :class:`sae.portable.Portable` and the class that runs it. D = d_in, F = d_sae."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ UNKNOWN = "unknown"
 def to_sae(p: Portable) -> SAE:
     """Our class with these weights. ``Unsupported`` where no class of ours has this meaning."""
     original = p
-    p = foldings.remove_pre_bias(foldings.fold_gate_scale(p)) if p.b_pre_D is not None else foldings.fold_gate_scale(p)
-    if p.transcoder or p.W_skip_DD is not None:
-        raise Unsupported(f"{p.where} is a transcoder; saescope runs SAEs that reconstruct what they read")
+    p = foldings.fold_gate_scale(p)
+    if p.transcoder:
+        p = _transcoder(p)
+    elif p.b_pre_D is not None:
+        p = foldings.remove_pre_bias(p)
     if p.architecture not in names("sae.architectures"):
         raise Unsupported(f"{p.where} runs {p.activation} ({p.architecture}); saescope has no such architecture")
     cfg = _config(p, original)
@@ -45,6 +47,17 @@ def to_sae(p: Portable) -> SAE:
     return sae.requires_grad_(False)
 
 
+def _transcoder(p: Portable) -> Portable:
+    """Ours subtract an input bias of their own, zero where the source has none; the latents are TopK."""
+    if p.activation != "topk" or p.input_norm.kind not in ("none", "dataset_rms"):
+        raise Unsupported(
+            f"{p.where} is a transcoder with {p.activation} and input norm {p.input_norm.kind}; saescope runs those "
+            "with topk and norm none or dataset_rms"
+        )
+    bias_D = p.W_enc_FD.new_zeros(p.d_in) if p.b_pre_D is None else p.b_pre_D
+    return replace(p, b_pre_D=bias_D, architecture="skip_transcoder" if p.W_skip_DD is not None else "transcoder")
+
+
 def _config(p: Portable, original: Portable) -> SAEConfig:
     files = {f.name: sha256_file(f) for f in original.files}
     rows_F = torch.linalg.vector_norm(p.W_dec_FD.double(), dim=1)
@@ -55,7 +68,7 @@ def _config(p: Portable, original: Portable) -> SAEConfig:
     meta = None
     if p.lm is not None and p.hookpoint is not None:
         meta = SubjectMeta(
-            lm=p.lm, lm_revision=UNKNOWN, hookpoint=p.hookpoint, lm_dtype=UNKNOWN,
+            lm=p.lm, lm_revision=UNKNOWN, hookpoint=p.hookpoint, hookpoint_out=p.hookpoint_out, lm_dtype=UNKNOWN,
             context_length_tokens=p.context_tokens or 0, packing=UNKNOWN, lm_slug=slug[1],
             prepend_bos=True if p.prepend_bos is None else p.prepend_bos,
         )  # fmt: skip
@@ -90,6 +103,7 @@ def from_sae(sae: SAE) -> Portable:
         format=NATIVE, where=cfg.sae_id, architecture=cfg.architecture, activation=cfg.activation, W_enc_FD=encoder,
         apply_b_dec_to_input=cfg.apply_b_dec_to_input, input_norm=cfg.input_norm, gate_scale="none", k=cfg.k,
         group_sizes=cfg.group_sizes, lm=meta.lm if meta else None, hookpoint=meta.hookpoint if meta else None,
+        hookpoint_out=meta.hookpoint_out if meta else None, transcoder=sae.transcodes,
         context_tokens=meta.context_length_tokens or None if meta else None,
         prepend_bos=meta.prepend_bos if meta else None, train_tokens=cfg.train_tokens, extra=dict(cfg.extra), **values,
     )  # fmt: skip

@@ -43,13 +43,17 @@ class Agreement(NamedTuple):
     """Mean active latents per token."""
     fvu_before: float
     fvu_after: float
-    """Against the inputs themselves, so without meaning for a transcoder."""
+    """Against the inputs themselves; NaN for a transcoder, which predicts something else."""
     tokens: int
 
     @property
     def passed(self) -> bool:
         """Within the tolerances of a load."""
         return self.same_sets >= SAME_SETS and max(self.codes, self.reconstructions) <= TOLERANCE
+
+    def facts(self) -> dict[str, float | None]:
+        """For a manifest, which holds no NaN."""
+        return {name: None if value != value else value for name, value in self._asdict().items()}
 
 
 @torch.no_grad()
@@ -71,11 +75,13 @@ def compare(before: SAE | Portable, after: SAE | Portable, x_ND: Tensor) -> Agre
     a, b, x = outcome(before, x_ND), outcome(after, x_ND), x_ND.double()
     active_a, active_b = a.contributions_NF != 0, b.contributions_NF != 0
     same_N = (active_a == active_b).all(1)
+    transcodes = before.transcoder if isinstance(before, Portable) else before.transcodes
     return Agreement(
         codes=_relative(b.contributions_NF[same_N], a.contributions_NF[same_N]),
         reconstructions=_relative(b.x_hat_ND[same_N], a.x_hat_ND[same_N]), same_sets=float(same_N.double().mean()),
         l0_before=float(active_a.sum(1).double().mean()), l0_after=float(active_b.sum(1).double().mean()),
-        fvu_before=fvu(x, a.x_hat_ND), fvu_after=fvu(x, b.x_hat_ND), tokens=len(x_ND),
+        fvu_before=float("nan") if transcodes else fvu(x, a.x_hat_ND),
+        fvu_after=float("nan") if transcodes else fvu(x, b.x_hat_ND), tokens=len(x_ND),
     )  # fmt: skip
 
 
@@ -87,9 +93,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def fvu(x_ND: Tensor, x_hat_ND: Tensor) -> float:
-    """Fraction of variance unexplained over the sample (METRICS A); NaN for another width or a constant sample."""
-    if x_ND.shape != x_hat_ND.shape:
-        return float("nan")
+    """Fraction of variance unexplained over the sample (METRICS A); NaN for a constant sample."""
     total = float((x_ND - x_ND.mean(0)).square().sum())
     return float((x_ND - x_hat_ND).square().sum()) / total if total > 0 else float("nan")
 

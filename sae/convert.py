@@ -76,7 +76,7 @@ def _to_native(p: Portable, out: Path, x_ND: Tensor) -> Agreement:
         out, kind="saes", key=key, stage_version=adapt.IMPORT_VERSION, config=to_dict(sae.cfg), inputs=inputs
     ) as w:
         checkpoint.save(sae, w.path, x_ND)
-        w.counts.update({"sae_id": sae.sae_id, "self_check": found._asdict()})
+        w.counts.update({"sae_id": sae.sae_id, "self_check": found.facts()})
     return found
 
 

@@ -90,6 +90,8 @@ def variants(p: Portable) -> dict[str, Portable]:
 
 def probe(p: Portable, x_ND: Tensor) -> list[tuple[str, float, float]]:
     """(recipe, FVU, L0) as imported, then under each of :func:`variants`, on raw activations (FORMATS 7)."""
+    if p.transcoder:
+        raise Unsupported(f"{p.where} is a transcoder: its recipe cannot be judged by the activations that it reads")
     rows = []
     for name, variant in {"as imported": p, **variants(p)}.items():
         found = naive_forward(variant, x_ND)

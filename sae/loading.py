@@ -118,5 +118,5 @@ def import_into(root: Path, path: Path, options: ImportOptions | None = None) ->
         folder, kind="saes", key=key, stage_version=adapt.IMPORT_VERSION, config=to_dict(sae.cfg), inputs=inputs
     ) as out:
         checkpoint.save(sae, out.path, agreement.sample_inputs(found))
-        out.counts.update({"sae_id": sae.sae_id, "reference": "synthetic inputs", "self_check": result._asdict()})
+        out.counts.update({"sae_id": sae.sae_id, "reference": "synthetic inputs", "self_check": result.facts()})
     return folder

@@ -73,6 +73,8 @@ class Portable:
     """Hook name in the words of the source."""
     hookpoint: str | None = None
     """Native name (FORMATS 4), None where the source does not say."""
+    hookpoint_out: str | None = None
+    """Native name of what a transcoder predicts."""
     context_tokens: int | None = None
     prepend_bos: bool | None = None
     train_tokens: int | None = None

@@ -132,9 +132,10 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     transcoder = "transcoder" in text or cfg.get("hf_hook_point_in") != cfg.get("hf_hook_point_out")
     site = _SITES.get(name)
     native = _module(cfg["hf_hook_point_in"]) if "hf_hook_point_in" in cfg else None
+    out = _module(cfg["hf_hook_point_out"]) if transcoder and "hf_hook_point_out" in cfg else None
     if native is None and site and layer and "hf_hook_point_in" not in cfg:
         native = place(site, int(layer.group(1)), lm or "gemma")
-    return {"lm": lm, "hook": hook, "hookpoint": native, "transcoder": transcoder}
+    return {"lm": lm, "hook": hook, "hookpoint": native, "hookpoint_out": out, "transcoder": transcoder}
 
 
 def _module(hook: str) -> str | None:

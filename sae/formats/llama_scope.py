@@ -63,6 +63,7 @@ class LlamaScope:
             threshold_F=threshold_F.float(), apply_b_dec_to_input=pre_bias, input_norm=InputNorm(kind="none"),
             gate_scale="decoder_norm" if include else "none", k=None, transcoder=hook_in != hook_out, lm=lm,
             hook=hook_in, hookpoint=from_transformer_lens(hook_in, lm or "llama"), files=(where, file),
+            hookpoint_out=from_transformer_lens(hook_out, lm or "llama") if hook_in != hook_out else None,
             recipe=(f"dataset norm folded: s_in {s_in:.6g}, s_out {s_out:.6g}",), extra={"llama_scope": cfg},
         )  # fmt: skip
 

@@ -73,6 +73,7 @@ class Llamascopium:
             apply_b_dec_to_input=False, input_norm=_norm(where, file, cfg, tensors, d_in), k=k,
             gate_scale="decoder_norm" if stated(where, cfg, "sparsity_include_decoder_norm", bool) else "none",
             transcoder=hook_in != hook_out, lm=lm, hook=hook_in, hookpoint=from_transformer_lens(hook_in, lm),
+            hookpoint_out=from_transformer_lens(hook_out, lm) if hook_in != hook_out else None,
             files=(where, file), extra={"llamascopium": cfg},
         )  # fmt: skip
 

@@ -68,9 +68,12 @@ class SAELens:
         return _portable(path, where, cfg, architecture, options)
 
     def write(self, p: Portable, folder: Path) -> None:
-        """Version 6. ``Unsupported``: groupmax, topk_signed, norms it does not have, normalised transcoders."""
+        """Version 6. ``Unsupported``: groupmax, topk_signed, norms it does not have, TopK or normalised transcoders."""
         p = _expressible(p)
         kind = {"relu": "standard", "topk": "topk", "threshold": "jumprelu", "gated": "gated"}[p.activation]
+        if p.transcoder:
+            skip = "skip_transcoder" if p.W_skip_DD is not None else "transcoder"
+            kind = f"jumprelu_{skip}" if p.activation == "threshold" else skip
         tensors = {"W_enc": p.W_enc_FD.t(), "W_dec": p.W_dec_FD, "b_dec": p.b_dec_D}
         tensors |= {name: t for name, field in _FIELDS.items() if (t := getattr(p, field)) is not None}
         if p.activation == "topk":
@@ -87,6 +90,11 @@ class SAELens:
                 "context_size": p.context_tokens, "prepend_bos": p.prepend_bos, "training_architecture": p.architecture,
             },
         }  # fmt: skip
+        if p.transcoder:
+            out = to_transformer_lens(p.hookpoint_out, p.lm) if p.hookpoint_out else None
+            cfg |= {"d_out": int(p.W_dec_FD.shape[1]), "metadata": cfg["metadata"] | {"hook_name_out": out}}
+        if p.W_skip_DD is not None:
+            tensors["W_skip"] = p.W_skip_DD
         if p.activation == "topk":
             cfg |= {"k": p.k, "rescale_acts_by_decoder_norm": False}
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,13 +103,15 @@ class SAELens:
 
 
 def _expressible(p: Portable) -> Portable:
-    if p.activation not in ("relu", "topk", "threshold", "gated") or p.transcoder:
-        what = "a transcoder" if p.transcoder else f"activation {p.activation}"
+    if p.activation not in (("relu", "threshold") if p.transcoder else ("relu", "topk", "threshold", "gated")):
+        what = f"a transcoder with {p.activation}" if p.transcoder else f"activation {p.activation}"
         raise Unsupported(f"{p.where}: {what} cannot be written for SAELens; --to native keeps it")
     p = foldings.fold_gate_scale(foldings.fold_dataset_norm(p, keep_codes=True))
     if p.b_pre_D is not None:
         p = foldings.remove_pre_bias(p)
     norm = p.input_norm
+    if p.transcoder and norm.kind != "none":
+        raise Unsupported(f"{p.where}: SAELens does not undo the {norm.kind} of a transcoder; --to native keeps it")
     if norm.kind == "unit_norm" and norm.center and norm.target == "one":
         return foldings.unit_norm_to_layer_norm(p)
     rescale = norm.kind == "unit_norm" and norm.target == "sqrt_d" and not norm.center and norm.eps == 0
@@ -191,6 +201,7 @@ def _portable(path: Path, where: Path, cfg: dict[str, Any], architecture: str, o
         k=stated(where, cfg, "k", int) if "topk" in architecture else None, transcoder=transcoder,
         W_skip_DD=shaped(file, "W_skip", tensors["W_skip"], (d_out, d_in)) if skip else None,
         group_sizes=_group_sizes(widths, d_sae), lm=lm, hook=hook, hookpoint=from_transformer_lens(hook, lm),
+        hookpoint_out=from_transformer_lens(metadata.get("hook_name_out"), lm) if transcoder else None,
         context_tokens=metadata.get("context_size"), prepend_bos=metadata.get("prepend_bos"),
         files=(where, file), version=metadata.get("sae_lens_version"), extra={"saelens": metadata},
     )  # fmt: skip

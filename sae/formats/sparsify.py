@@ -58,7 +58,7 @@ class Sparsify:
             b_dec_D=shaped(file, "b_dec", tensors["b_dec"], (d_in,)), apply_b_dec_to_input=not transcoder,
             input_norm=InputNorm(kind="none"), gate_scale="none", k=k, transcoder=transcoder,
             W_skip_DD=shaped(file, "W_skip", tensors["W_skip"], (d_in, d_in)) if skip else None,
-            **_origin(path), files=(where, file), extra={"sparsify": cfg},
+            **_origin(path, transcoder), files=(where, file), extra={"sparsify": cfg},
         )  # fmt: skip
 
     def write(self, p: Portable, folder: Path) -> None:
@@ -85,14 +85,19 @@ class Sparsify:
         (folder / CFG).write_text(json.dumps(cfg) + "\n", encoding="utf-8")
 
 
-def _origin(path: Path) -> dict[str, Any]:
-    """Module path from the folder's name, model and context from the run's own config.json where it lies above."""
+def _origin(path: Path, transcoder: bool) -> dict[str, Any]:
+    """Module path from the folder's name, model and context from the run's own config.json where it lies above.
+
+    An SAE reads the module's output; a transcoder reads its input and predicts its output.
+    """
     name = path.parent.name if re.fullmatch(r"seed\d+", path.name) else path.name
     run = next((p for p in (path.parent / "config.json", path.parent.parent / "config.json") if p.is_file()), None)
     values = read_json(run) if run is not None else {}
     lm, context = values.get("model"), values.get("ctx_len")
+    module = name if re.fullmatch(r"(layers|h)\.\d+(\..+)?", name) else None
     return {
-        "hook": name, "hookpoint": name if re.fullmatch(r"(layers|h)\.\d+(\..+)?", name) else None,
+        "hook": name, "hookpoint": f"{module}:in" if transcoder and module else module,
+        "hookpoint_out": module if transcoder else None,
         "lm": lm if isinstance(lm, str) else None, "context_tokens": context if isinstance(context, int) else None,
     }  # fmt: skip
 

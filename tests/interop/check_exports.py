@@ -25,7 +25,7 @@ def run_saelens(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
     sae = SAE.load_from_disk(folder, device="cpu")
     z = sae.encode(x)
-    return z, sae.decode(z)
+    return z, sae(x) if hasattr(sae, "W_skip") else sae.decode(z)  # a skip path is part of forward alone
 
 
 def run_dictionary_learning(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,7 +38,7 @@ EXPRESSIBLE = {
 def allowed(path: Path) -> set[str]:
     p = loading.read(path)
     if p.transcoder:
-        return {"sparsify"} if p.activation in ("topk", "groupmax") else set()
+        return {"native", "sparsify"} if p.activation == "topk" else {"saelens"}
     if p.input_norm.kind == "layer_norm":
         return {"native", "saelens"} | ({"openai"} if p.activation == "topk" else set())
     if p.input_norm.kind == "unit_norm":
