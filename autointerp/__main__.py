@@ -24,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
         "--accept-licences", action="store_true",
         help="publish windows of texts whose licence is non-commercial or not stated",
     )  # fmt: skip
+    batch = doors.add_parser("batch-read", help="put the replies of OpenAI batch output files into the reply cache")
+    batch.add_argument("files", type=Path, nargs="+", help="output (and error) files of finished batches")
+    batch.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     show = doors.add_parser("show", help="print the chosen explanation of every latent with its headline scores")
     show.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     return parser
@@ -47,6 +50,18 @@ def _show(root: Path) -> None:
         console.table(sae_id, columns, rows, right=(0, *range(2, 2 + len(scorers))))
 
 
+def _read_batch(files: Sequence[Path], root: Path) -> None:
+    from autointerp.batch_files import read_replies
+    from autointerp.reply_cache import ReplyCache
+
+    cache = ReplyCache(root / "replies.sqlite", must_exist=True)
+    result = read_replies(files, cache)
+    cache.close()
+    failed = ", ".join(f"{n} {code}" for code, n in result.failed.items()) or "none"
+    console.say(f"{result.stored} replies stored, {result.known} known before, failed: {failed}")
+    console.say("run the same command again: it finds them, and goes on")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one door; expected errors become one line and an exit status."""
     options = _parser().parse_args(arguments)
@@ -54,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.door == "show":
             _show(options.root)
+        elif options.door == "batch-read":
+            _read_batch(options.files, options.root)
         else:
             from autointerp.dataset import export
 

@@ -8,7 +8,7 @@ AUC of embedded phrases. What a text was chosen by is kept and never reported as
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from autointerp.interfaces import ExplainContext, ScoreContext
 from autointerp.judging import Verdict, verdict_item
 from autointerp.phrases import PhraseJudge
 from autointerp.rates import auc
-from autointerp.records import CALIBRATE, Explanation, Failure
+from autointerp.records import CALIBRATE, TRANSPORT_CODES, Explanation, Failure
 from autointerp.texts import Decoder
+from sae.errors import NoAnswer
 from sae.plugins import find
 
 STAGE = "explain.choose"
@@ -32,16 +33,26 @@ def asks_a_judge(explainers: Sequence[Any], ctx: ExplainContext) -> bool:
     return able and (ctx.embedder is None or any(getattr(e, "candidates", 1) > 1 for e in explainers))
 
 
+class Choice(NamedTuple):
+    """What :func:`select` says."""
+
+    explanations: list[Explanation]
+    unanswered: int
+    """Windows about which the language model could not be reached: the next run chooses again."""
+
+
 def select(
     found: Mapping[int, Sequence[Explanation]], exemplars: ExemplarTable, ctx: ExplainContext, *, prompted: bool
-) -> list[Explanation]:
+) -> Choice:
     """All explanations with exactly one per latent marked ``selected``; a pattern only where there is no text.
 
     ``prompted``: rank by prompted detection (:func:`asks_a_judge`). Ties: the shorter text there, the earlier one else.
+    Raises :class:`NoAnswer` if the language model answered nothing at all.
     """
+    unanswered = 0
     texts = {latent: [e for e in es if _is_text(e)] for latent, es in found.items()}
     if prompted:
-        scored = _prompted(texts, exemplars, ctx)
+        scored, unanswered = _prompted(texts, exemplars, ctx)
     else:
         scored = {e.explanation_id: _phrase_auc(e, exemplars, ctx) for es in texts.values() for e in es}
     out: list[Explanation] = []
@@ -58,7 +69,7 @@ def select(
             replace(e, selected=e.explanation_id == winner, calibrate_score=scored.get(e.explanation_id))
             for e in candidates
         ]
-    return out
+    return Choice(out, unanswered)
 
 
 def best_candidates(explanations: Sequence[Explanation]) -> list[Explanation]:
@@ -81,7 +92,7 @@ def _is_text(e: Explanation) -> bool:
 
 def _prompted(
     texts: Mapping[int, Sequence[Explanation]], exemplars: ExemplarTable, ctx: ExplainContext
-) -> dict[str, float | None]:
+) -> tuple[dict[str, float | None], int]:
     """Balanced accuracy on the calibrate windows of every text that has a rival; equal texts are asked about once."""
     assert ctx.client is not None
     judge = find("autointerp.scorers", "detection")()
@@ -94,10 +105,18 @@ def _prompted(
     ]
     windows = {e.latent: sorted(exemplars.scored(e.latent, CALIBRATE), key=lambda w: w.exemplar_id) for e in rivals}
     said = judge.verdicts([(e, e.latent, windows[e.latent]) for e in rivals], scoring, ctx.client, STAGE)
-    return {
+    every = [v for verdicts in said for v in verdicts]
+    lost = [v for v in every if isinstance(v, Failure) and v.code in TRANSPORT_CODES]
+    if every and len(lost) == len(every):
+        raise NoAnswer(
+            f"the language model answered none of {len(every)} questions about candidate texts ({lost[0].code}: "
+            f"{lost[0].detail}); run the same command again when it does"
+        )
+    scored = {
         e.explanation_id: _balanced_accuracy(e, windows[e.latent], verdicts)
         for e, verdicts in zip(rivals, said, strict=True)
     }
+    return scored, len(lost)
 
 
 def _balanced_accuracy(explanation: Explanation, windows: Sequence[Any], verdicts: Sequence[Verdict]) -> float | None:

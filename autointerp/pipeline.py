@@ -7,7 +7,8 @@ a killed run asks nothing twice. Output is sorted before it is written.
 import inspect
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ def explain(
         return folder
     views = [_view(exemplars, latent, ctx, output_tokens or {}) for latent in exemplars.latents]
     found: dict[int, list[Explanation]] = {view.latent: [] for view in views}
+    unanswered: list[NoAnswer] = []
     for explainer in explainers:
         for view, records in zip(views, explainer.explain_many(views, ctx), strict=True):
             if not records:
@@ -120,8 +122,11 @@ def explain(
                     f"explainer {explainer.name!r} said nothing of latent {view.latent}, not even a failure"
                 )
             found[view.latent] += records
-        _require_answers(explainer.name, [e for es in found.values() for e in es if e.explainer == explainer.name])
-    chosen = select(found, exemplars, ctx, prompted=prompted)
+        with _noted(unanswered):
+            _require_answers(explainer.name, [e for es in found.values() for e in es if e.explainer == explainer.name])
+    if unanswered:
+        raise unanswered[0]
+    chosen, undecided = select(found, exemplars, ctx, prompted=prompted)
     chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
     with writing(
         folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs, began=began
@@ -132,7 +137,8 @@ def explain(
             shown = {str(i): [list(side) for side in output_tokens[i]] for i in sorted(output_tokens)}
             (out.path / "output_tokens.json").write_text(canonical_json(shown) + "\n", encoding="utf-8")
         out.counts.update(sae_id=exemplars.sae_id, latents=len(views), explanations=len(chosen),
-                          failed=sum(e.failure is not None for e in chosen), unanswered=_count_unanswered(chosen))
+                          failed=sum(e.failure is not None for e in chosen),
+                          unanswered=_count_unanswered(chosen) + undecided)
     return folder
 
 
@@ -155,13 +161,22 @@ def _view(
     return exemplars.view(latent, tokenizer=ctx.tokenizer, promoted=promoted, suppressed=suppressed)
 
 
+@contextmanager
+def _noted(unanswered: list[NoAnswer]) -> Iterator[None]:
+    try:
+        yield
+    except NoAnswer as error:
+        unanswered.append(error)
+
+
 def _require_answers(name: str, records: Sequence[Explanation | ScoreItem]) -> None:
     """A complete artefact is never made again: one in which nobody was reached must not become complete."""
     failures = [e.failure for e in records if e.failure is not None]
     if records and len(failures) == len(records) and all(f.code in TRANSPORT_CODES for f in failures):
+        pending = all(f.code == "pending" for f in failures)
         raise NoAnswer(
-            f"{name!r}: the language model answered none of {len(records)} requests "
-            f"({failures[0].code}: {failures[0].detail}); start or check the server and run the same command again"
+            f"{name!r}: the language model answered none of {len(records)} requests ({failures[0].code}: "
+            f"{failures[0].detail}); {'' if pending else 'start or check the server and '}run the same command again"
         )
 
 
@@ -187,10 +202,14 @@ def score(
     checks = sorted((checked(root, scorer, ctx) for scorer in scorers), key=lambda c: c.scorer)
     jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
     results: list[ScoreResult] = []
-    for scorer in scorers:
+    unanswered: list[NoAnswer] = []
+    for scorer in scorers:  # all are asked before any gives up: a batch client collects what they ask
         judged = scorer.score_many(jobs_for(scorer, jobs), ctx)
-        _require_answers(scorer.name, [item for result in judged for item in result.items])
+        with _noted(unanswered):
+            _require_answers(scorer.name, [item for result in judged for item in result.items])
         results += judged
+    if unanswered:
+        raise unanswered[0]
     scores = sorted((s for r in results for s in r.scores), key=_score_order)
     items = sorted((i for r in results for i in r.items), key=lambda i: (i.scorer, i.explanation_id, i.exemplar_id))
     simulations = sorted(

@@ -16,7 +16,7 @@ INTERP_SPLITS = (EXPLAIN, CALIBRATE, SCORE)
 POSITIVE_KINDS = ("top", "quantile", "random_positive")
 NEGATIVE_KINDS = ("silent", "same_token", "co_occurring", "decoder_near")
 
-TRANSPORT_CODES = frozenset({"timeout", "rate_limited", "server_error", "connection"})
+TRANSPORT_CODES = frozenset({"timeout", "rate_limited", "server_error", "connection", "pending"})
 """The request got no reply at all; asked again, it may."""
 
 ANSWER_CODES = frozenset({"refusal", "empty", "truncated"})
@@ -24,7 +24,7 @@ ANSWER_CODES = frozenset({"refusal", "empty", "truncated"})
 
 FAILURE_CODES = frozenset(
     # transport
-    "timeout rate_limited server_error connection quota_exhausted auth budget_stop prompt_too_long unsupported "
+    "timeout rate_limited server_error connection pending quota_exhausted auth budget_stop prompt_too_long unsupported "
     # reply
     "empty refusal truncated no_json schema out_of_range duplicate too_long echo low_mass "
     # data

@@ -40,6 +40,8 @@ class Interpretation:
         options: dict[str, Any] = {}
         if i.client == "openai":
             options = {"model": i.llm, "base_url": i.base_url}
+        elif i.client == "batch":
+            options = {"model": i.llm, "folder": self.cfg.root / "batch"}
         elif i.client == "transformers":
             options = {"model": i.llm, "device": self.cfg.device} if i.llm else {"lm": self.stages.lm_float32()}
         elif i.base_url or i.llm:

@@ -6,13 +6,12 @@ the run with one error once the replies in flight have been handed over. Importi
 """
 
 import asyncio
-import json
 import os
 import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 from autointerp.client import (
     Capabilities,
@@ -21,25 +20,22 @@ from autointerp.client import (
     LogprobReply,
     LogprobRequest,
     Message,
-    NextTokenRequest,
     OnReply,
     Reply,
-    Usage,
     check_capability,
 )
+from autointerp.openai_wire import Structured, chat_body, parse_chat
 from autointerp.records import Failure
-from autointerp.retries import KEY_VARIABLE, MAX_DETAIL_CHARS, Gate, Retries, Retry, retry_after_s, run_to_end, scrub
+from autointerp.retries import KEY_VARIABLE, Gate, Retries, Retry, retry_after_s, run_to_end, scrub
 from sae.errors import BudgetExceeded, ConfigError, MissingExtra, SaescopeError
 from sae.manifest import rng
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
-TOP_LOGPROBS = 20
 DEAD_AFTER_ATTEMPTS = 48
 """After so many attempts in a row without any answer, of whatever requests, the server is asked a trivial question."""
 CANARY = GenerateRequest(messages=(Message(role="user", content="Answer with the word yes."),), max_tokens=8)
 MAX_WARMUP_TEXTS = 8
 
-Structured = Literal["json_schema", "json_object", "parse"]
 _WEAKER: dict[Structured, Structured] = {"json_schema": "json_object", "json_object": "parse"}
 
 
@@ -195,7 +191,8 @@ class OpenAIClient:
     async def _once(self, sdk: Any, request: Any) -> Any:
         """One HTTP request, repeated only where the server does not know an optional field."""
         while True:
-            body, structured, reasoning = self._body(request), self.structured, self.reasoning
+            structured, reasoning = self.structured, self.reasoning
+            body = chat_body(request, self.identity.model, self.structured, self.reasoning)
             started = time.perf_counter()
             try:
                 raw = await sdk.chat.completions.with_raw_response.create(**body)
@@ -209,27 +206,7 @@ class OpenAIClient:
                     continue
                 return self._refused(sdk, error, request)
             latency_ms = 1000 * (time.perf_counter() - started)
-            return _parse(text, request, round(latency_ms, 1))
-
-    def _body(self, request: Any) -> dict[str, Any]:
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        body: dict[str, Any] = {"model": self.identity.model, "messages": messages}
-        if isinstance(request, NextTokenRequest):
-            return {**body, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        if self.reasoning:
-            body["max_completion_tokens"] = request.max_tokens
-        else:
-            body |= {"max_tokens": request.max_tokens, "temperature": request.temperature}
-            if request.temperature > 0:
-                body |= {"seed": request.seed, "top_p": request.top_p}
-            if request.stop:
-                body["stop"] = list(request.stop)
-        if request.schema is not None and self.structured == "json_schema":
-            schema = {"name": "reply", "strict": True, "schema": dict(request.schema)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif request.schema is not None and self.structured == "json_object":
-            body["response_format"] = {"type": "json_object"}
-        return body
+            return parse_chat(text, request, round(latency_ms, 1))
 
     def _adapt(self, error: Any, request: Any, structured: Structured, reasoning: bool) -> bool:
         """Drop an optional field that this server refuses; True if the request is to be sent again.
@@ -280,51 +257,6 @@ class OpenAIClient:
         """The server's name without any credentials in its URL."""
         url = sdk.base_url
         return f"{url.scheme}://{url.host}" + (f":{url.port}" if url.port else "") + str(url.path)
-
-
-def _parse(text: str, request: Any, latency_ms: float) -> Any:
-    """The body of a 2xx answer. A body that is no JSON was cut on its way and is fetched again."""
-    try:
-        data = json.loads(text)
-    except ValueError:
-        raise Retry("server_error", f"the body is not JSON: {scrub(text)}") from None
-    try:
-        if not data["choices"]:
-            return Failure(code="empty", stage=request.verb, detail="no choices")
-        choice = data["choices"][0]
-        usage = _usage(data.get("usage") or {}, latency_ms)
-        if isinstance(request, NextTokenRequest):
-            return _top_logprobs(choice, request, usage)
-        message, finish = choice["message"], choice.get("finish_reason")
-        content = message.get("content") or ""
-        if message.get("refusal") or finish == "content_filter":
-            return Failure(code="refusal", stage=request.verb, detail=scrub(message.get("refusal") or finish))
-        if not isinstance(content, str):
-            raise TypeError("content is no text")
-        if not content.strip():
-            return Failure(code="truncated" if finish == "length" else "empty", stage=request.verb, detail="no text")
-        return Reply(text=content, finish_reason="length" if finish == "length" else "stop", usage=usage)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        detail = f"not a chat completion ({type(error).__name__}: {error}): {scrub(text)}"
-        return Failure(code="schema", stage=request.verb, detail=detail[:MAX_DETAIL_CHARS])
-
-
-def _usage(counted: Any, latency_ms: float) -> Usage:
-    details = counted.get("prompt_tokens_details") or {}
-    return Usage(
-        prompt_tokens=int(counted.get("prompt_tokens") or 0),
-        cached_tokens=int(details.get("cached_tokens") or 0),
-        output_tokens=int(counted.get("completion_tokens") or 0),
-        latency_ms=latency_ms,
-    )
-
-
-def _top_logprobs(choice: Any, request: NextTokenRequest, usage: Usage) -> LogprobReply | Failure:
-    listed = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-    found = {entry["token"]: float(entry["logprob"]) for entry in listed}
-    if not found:
-        return Failure(code="unsupported", stage=request.verb, detail="the server listed no log-probabilities")
-    return LogprobReply(rows=(tuple(found.get(c) for c in request.choices),), usage=usage)
 
 
 PLUGIN = OpenAIClient

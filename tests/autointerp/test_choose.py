@@ -14,7 +14,7 @@ from autointerp.explainers.highlighted import PLUGIN as Highlighted
 from autointerp.interfaces import ExplainContext, ScoreContext
 from autointerp.pipeline import load_plugins, make_jobs
 from autointerp.records import CALIBRATE, Explanation, Failure
-from sae.errors import ConfigError
+from sae.errors import ConfigError, NoAnswer
 
 LISTED = Capabilities(generate=True)
 
@@ -49,7 +49,7 @@ def choose(found, answer=ORACLE, prompted: bool = True, embedder=None, capabilit
     backend = ScriptedClient(answer, tokenizer=TOKENIZER, capabilities=capabilities)
     ctx = ExplainContext(client=CachedClient(backend), embedder=embedder, tokenizer=TOKENIZER)
     table = Table()
-    return select(found, table, ctx, prompted=prompted), backend, table
+    return select(found, table, ctx, prompted=prompted).explanations, backend, table
 
 
 def chosen(records) -> dict[int, str | None]:
@@ -90,6 +90,20 @@ def test_a_judge_that_refuses_chooses_nothing() -> None:
     records, *_ = choose({0: candidates(0, "the music", "river")}, refuse)
     assert chosen(records) == {0: "river"}  # the shorter one: no score was made up
     assert {e.calibrate_score for e in records} == {None}
+
+
+def test_a_judge_that_is_not_reached_decides_nothing() -> None:
+    found, asked = {0: candidates(0, "music", "river"), 1: candidates(1, "music", "river")}, []
+
+    def lost(request):
+        asked.append(request)
+        return Failure(code="timeout", stage="x") if len(asked) <= 3 else ORACLE(request)
+
+    with pytest.raises(NoAnswer, match="timeout"):
+        choose(found, lambda r: Failure(code="timeout", stage="x"))
+    client = CachedClient(ScriptedClient(lost, tokenizer=TOKENIZER))
+    choice = select(found, Table(), ExplainContext(client=client, tokenizer=TOKENIZER), prompted=True)
+    assert choice.unanswered == 3 and len(choice.explanations) == 4
 
 
 def test_equal_texts_are_judged_once_and_lists_work() -> None:
