@@ -59,7 +59,8 @@ def _check_disk(cfg: RunConfig, d_in: int) -> None:
     free = free_disk_gb(cfg.root)
     if free < need + SPARE_DISK_GB:
         raise ConfigError(
-            f"{cfg.root} has {free:.2f} GB free, the run writes about {need:.2f} GB (activations above all); "
+            f"{cfg.root} has {free:.2f} GB free, the run writes about {need:.2f} GB (activations above all) and wants "
+            f"{SPARE_DISK_GB:.1f} GB to spare; "
             "free some space, choose another --root, or lower --tokens.train-tokens"
         )
 
