@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from sae import ops_checks
 from sae.ops import Entries, _centred, _encoder_gradients, above, encode_threshold, sums_by_latent
 
+GPU_OPERANDS = torch.bfloat16
+"""Type of the encoder product of a training step on a GPU, as for TopK (docs/decisions/004); sums stay float32."""
 LOWER_BAR = 0.5
 """Factor on a bar that left too few candidates."""
 
@@ -31,10 +33,17 @@ def largest_mask(values_E: Tensor, count: int) -> tuple[Tensor, float]:
     """
     if len(values_E) <= count:
         return torch.ones_like(values_E, dtype=torch.bool), 0.0
-    last = values_E.kthvalue(len(values_E) - count + 1).values
+    if values_E.is_cuda:  # kthvalue gives a GPU's whole work to one of its multiprocessors
+        last = torch.topk(values_E, count).values[-1]
+    else:
+        last = values_E.kthvalue(len(values_E) - count + 1).values
     larger_E, equal_E = (values_E <= last).logical_not_(), values_E == last  # NaN is larger than any number
     room = count - larger_E.sum()
     return larger_E | (equal_E & (equal_E.cumsum(0) <= room)), float(last)
+
+
+def _operands(u_ND: Tensor) -> torch.dtype | None:
+    return GPU_OPERANDS if u_ND.is_cuda and u_ND.dtype == torch.float32 else None
 
 
 def mask_of_latents(entries: Entries, first: int, last: int) -> Tensor:
@@ -58,7 +67,7 @@ class _EncodeBatchTopK(torch.autograd.Function):
         u_ND = _centred(n_ND, b_pre_D)
         lowered = (max(bar, 0.0), max(bar * LOWER_BAR, 0.0), 0.0)
         for tried in lowered:
-            candidates = above(u_ND, W_enc_FD, b_enc_F, tried)
+            candidates = above(u_ND, W_enc_FD, b_enc_F, tried, dtype=_operands(u_ND))
             if len(candidates.values_E) >= count or tried == 0.0:
                 break
         keep_E, theta = largest_mask(candidates.values_E, count)
@@ -91,7 +100,7 @@ def encode_batchtopk(
     (token, latent). Differentiable in all tensors. ``ValueError`` unless 1 <= k <= F.
 
     ``bar``: what the K N-th is expected not to be below. It changes the time alone: too high a bar is found out, by the
-    number of candidates, and lowered.
+    number of candidates, and lowered. On a GPU the product takes :data:`GPU_OPERANDS`.
     """
     ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     if not 1 <= k <= len(W_enc_FD):
@@ -106,7 +115,7 @@ class _EncodeJump(torch.autograd.Function):
         ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, theta_F: Tensor, width: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         u_ND = _centred(n_ND, b_pre_D)
-        near = above(u_ND, W_enc_FD, b_enc_F, theta_F - width / 2)
+        near = above(u_ND, W_enc_FD, b_enc_F, theta_F - width / 2, dtype=_operands(u_ND))
         excess_E = near.values_E - theta_F[near.indices_E]
         active_E = (excess_E <= 0).logical_not_()  # NaN is active: it must reach the loss
         l0 = active_E.sum().to(n_ND.dtype) / max(len(n_ND), 1)
@@ -145,7 +154,8 @@ def encode_jump(
 
     Rajamanoharan et al., arXiv 2407.14435, eqs. 11 and 12, for a rectangle R (1 on -1/2..1/2) of ``width`` epsilon:
     ``dz/dtheta = -(theta/eps) R((h - theta)/eps)``, ``dH/dtheta = -(1/eps) R((h - theta)/eps)``; the pre-activation
-    gets the gradient of an active latent and none from H. ``ValueError`` unless width > 0; thresholds at least 0.
+    gets the gradient of an active latent and none from H. ``ValueError`` unless width > 0; thresholds at least 0. On a
+    GPU the product takes :data:`GPU_OPERANDS`.
     """
     ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     if not width > 0:

@@ -24,7 +24,8 @@ def test_ratios_say_whether_a_figure_is_reached() -> None:
     lines = bench_summary.ratios([
         row("sparse_decode", "dense", 90.0), row("sparse_decode", "torch", 10.0),
         row("topk_step", "product+topk", 10.0), row("topk_step", "torch", 14.0),
-        row("topk_step", "dense", 30.0, "step", peak_mib="5"), row("topk_step", "published", 14.0, "step", peak_mib="5"),
+        row("topk_step", "dense", 30.0, "step", peak_mib="5"),
+        row("topk_step", "published", 14.0, "step", peak_mib="5"),
         row("topk_step", "fused-A", 10.0, "step", peak_mib="5", share="0.7"),
     ])  # fmt: skip
     assert [line.split(";")[0] for line in lines] == [
