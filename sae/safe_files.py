@@ -245,3 +245,35 @@ def _scan_legacy(path: Path, size: int) -> None:
         for _ in range(2):  # protocol version, facts on the system
             _Scan(file, path, size).load()
         _Scan(file, path, size).load()
+
+
+def torch_mentions(path: Path, *names: str) -> bool:
+    """Whether the pickle of a .pt file holds all of these words in its first megabyte; builds and raises nothing."""
+    try:
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                text = file.read(2**20)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                found = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                if not found:
+                    return False
+                with archive.open(found[0]) as member:
+                    text = member.read(2**20)
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError):
+        return False
+    return all(name.encode() in text for name in names)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of plain values (no tags of Python); as strict as :func:`read_json`."""
+    import yaml  # a dependency of transformers
+
+    _check_size(path, LIMIT_CONFIG_BYTES)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ArtefactError(f"{path} is not plain YAML ({error}); fetch the file again") from error
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{path} holds a {type(values).__name__}, expected a mapping")
+    return values

@@ -4,7 +4,6 @@ The recipe is that of openai/sparse_autoencoder 4965b94: the pre-bias is subtrac
 activation is TopK normalises its input as layer_norm does, any other file does not.
 """
 
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,7 +15,7 @@ from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.hook_names import from_openai
 from sae.portable import Activation, ImportOptions, Portable, shaped, stated, take
-from sae.safe_files import read_torch
+from sae.safe_files import read_torch, torch_mentions
 
 WEIGHTS = ["pre_bias", "latent_bias", "encoder.weight", "decoder.weight"]
 _STATS = ["stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"]
@@ -29,7 +28,7 @@ class OpenAI:
     title = "OpenAI's .pt (pre_bias, latent_bias, encoder.weight, decoder.weight)"
 
     def recognises(self, path: Path) -> bool:
-        return path.is_file() and path.suffix in (".pt", ".pth") and _names_it(path, b"latent_bias")
+        return path.is_file() and path.suffix in (".pt", ".pth") and torch_mentions(path, "latent_bias")
 
     def read(self, path: Path, options: ImportOptions) -> Portable:
         values = read_torch(path)
@@ -78,22 +77,6 @@ class OpenAI:
             state["activation_state_dict"] = {"k": p.k, "postact_fn": "ReLU"}
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(state, folder / "autoencoder.pt")
-
-
-def _names_it(path: Path, key: bytes) -> bool:
-    """Whether the pickle of a .pt file holds ``key``; looks at the first megabyte, builds nothing."""
-    try:
-        if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                return key in file.read(2**20)
-        with zipfile.ZipFile(path) as archive:
-            found = [n for n in archive.namelist() if n.endswith("data.pkl")]
-            if not found:
-                return False
-            with archive.open(found[0]) as member:
-                return key in member.read(2**20)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError):
-        return False
 
 
 def _semantics(path: Path, values: dict[str, Any], options: ImportOptions) -> tuple[Activation, int | None, InputNorm]:

@@ -18,6 +18,7 @@ from foreign import (
     write_llama_scope,
     write_openai,
 )
+from safetensors.torch import save_file
 
 import sae
 from sae import loading
@@ -197,3 +198,85 @@ def test_the_public_name_reads_them(tmp_path: Path):
     assert sae.load(str(write_gemma(tmp_path / "g", arrays()))).d_sae == F
     with pytest.raises(ArtefactError, match="does not exist"):
         sae.load("org/repository-of-the-hub")
+
+
+def write_tracer(folder: Path, w: dict[str, np.ndarray], cfg: dict, **extra: np.ndarray) -> Path:
+    """One layer of circuit-tracer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"W_enc": w["enc"], "W_dec": w["dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], **extra}
+    save_file({k: tensor(a) for k, a in made.items()}, folder / "layer_5.safetensors")
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    values = {"model_kind": "transcoder_set", "model_name": "google/gemma-2-2b", "scan_name": "x", **hooks, **cfg}
+    (folder / "config.yaml").write_text("\n".join(f"{k}: {v}" for k, v in values.items() if v is not None))
+    return folder / "layer_5.safetensors"
+
+
+def test_circuit_tracer_transcoders(tmp_path: Path):
+    w, skip = arrays(7), np.random.default_rng(0).normal(size=(D, D))
+    h = X @ w["enc"].T + w["b_enc"]
+    order = np.argsort(-h, axis=1)[:, :K]
+    signed = np.zeros_like(h)
+    np.put_along_axis(signed, order, np.take_along_axis(h, order, 1), 1)
+    cases = {
+        "relu": (np.maximum(h, 0), {"activation": "relu"}, {}),
+        "silent_relu": (np.maximum(h, 0), {}, {}),
+        "jumprelu": (np.where(h > w["theta"], h, 0), {}, {"activation_function.threshold": w["theta"]}),
+        "topk": (signed, {"activation": "topk", "k": K}, {}),
+        "skip": (np.maximum(h, 0), {"activation": "relu"}, {"W_skip": skip}),
+    }
+    for name, (z, cfg, extra) in cases.items():
+        path = write_tracer(tmp_path / name, w, cfg, **extra)
+        p = loading.read(path)
+        want = z @ w["dec"] + w["b_dec"] + (X @ skip.T if name == "skip" else 0)
+        found = naive_forward(p, tensor(X))
+        assert ((found.z_NF != 0) == (z != 0)).all(), name
+        assert np.linalg.norm(found.x_hat_ND - want) <= 1e-5 * np.linalg.norm(want), name
+        assert p.hookpoint == "layers.5.pre_feedforward_layernorm:in" and p.transcoder
+        assert p.hookpoint_out == "layers.5.post_feedforward_layernorm"
+        with pytest.raises(Unsupported, match="transcoder"):
+            loading.load(path)
+        with pytest.raises(ConfigError, match="layer_5.safetensors"):
+            loading.read(path.parent)
+
+
+def test_circuit_tracer_files_that_cannot_be_read(tmp_path: Path):
+    w = arrays(7)
+    negative = {"activation_function.threshold": w["theta"] - 1}
+    cases = {
+        "negative": ({}, negative, Unsupported, "negative"), "clt": ({"model_kind": "clt"}, {}, Unsupported, "clt"),
+        "none": ({"model_name": None}, {}, ConfigError, "model_name"),
+        "both": ({"activation": "relu"}, {"activation_function.threshold": w["theta"]}, ConfigError, "relu"),
+        "no_k": ({"activation": "topk"}, {}, ConfigError, "'k'"), "tanh": ({"activation": "tanh"}, {}, Unsupported, "tanh"),
+    }  # fmt: skip
+    for name, (cfg, extra, error, named) in cases.items():
+        with pytest.raises(error, match=named):
+            loading.load(write_tracer(tmp_path / name, w, cfg, **extra))
+    path = write_tracer(tmp_path / "tag", w, {})
+    (path.parent / "config.yaml").write_text(
+        "a: !!python/object/apply:os.system ['touch " + str(tmp_path / "ran") + "']"
+    )
+    with pytest.raises(ArtefactError, match="not plain YAML"):
+        loading.load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_goodfire_and_qwen_scope_have_no_pre_bias(tmp_path: Path):
+    w = arrays(8)
+    h = X @ w["enc"].T + w["b_enc"]
+    goodfire = tmp_path / "llama-layer-19.pth"
+    names = ("encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight", "decoder_linear.bias")
+    torch.save(dict(zip(names, map(tensor, (w["enc"], w["b_enc"], w["dec"].T, w["b_dec"])), strict=True)), goodfire)
+    agree(goodfire, np.maximum(h, 0), np.maximum(h, 0) @ w["dec"] + w["b_dec"])
+    z = topk(h)
+    values = {"W_enc": w["enc"], "W_dec": w["dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    named = tmp_path / "SAE-Res-Qwen3-8B-Base-W64K-L0_4" / "layer7.sae.pt"
+    named.parent.mkdir()
+    torch.save({k: tensor(a) for k, a in values.items()}, named)
+    agree(named, z, z @ w["dec"] + w["b_dec"])
+    with pytest.raises(ConfigError, match="--k says 5"):
+        loading.load(named, options=ImportOptions(k=5))
+    silent = tmp_path / "layer7.sae.pt"
+    silent.write_bytes(named.read_bytes())
+    with pytest.raises(ConfigError, match="pass --k"):
+        loading.load(silent)
+    agree(silent, z, z @ w["dec"] + w["b_dec"], ImportOptions(k=K))
