@@ -246,7 +246,8 @@ def test_circuit_tracer_files_that_cannot_be_read(tmp_path: Path):
         "negative": ({}, negative, Unsupported, "negative"), "clt": ({"model_kind": "clt"}, {}, Unsupported, "clt"),
         "none": ({"model_name": None}, {}, ConfigError, "model_name"),
         "both": ({"activation": "relu"}, {"activation_function.threshold": w["theta"]}, ConfigError, "relu"),
-        "no_k": ({"activation": "topk"}, {}, ConfigError, "'k'"), "tanh": ({"activation": "tanh"}, {}, Unsupported, "tanh"),
+        "no_k": ({"activation": "topk"}, {}, ConfigError, "'k'"),
+        "tanh": ({"activation": "tanh"}, {}, Unsupported, "tanh"),
     }  # fmt: skip
     for name, (cfg, extra, error, named) in cases.items():
         with pytest.raises(error, match=named):
