@@ -29,9 +29,10 @@ imports: env
 bench: env  ## kernels against their references
 	$(PY) kernels/bench.py
 
-gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, then the bench
+gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, then the bench and the tables of docs/kernels.md
 	$(PY) -m pytest -m gpu
 	$(PY) kernels/bench.py
+	$(PY) kernels/bench_summary.py --write
 
 site: env  ## rebuild leaderboard and pages from the rows
 	$(PY) -m evals.leaderboard --root $(RESULTS)

@@ -37,15 +37,19 @@ def encoder(n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Ten
 
 def decoder(values: Tensor, indices: Tensor, W_dec_FD: Tensor) -> None:
     """``ValueError`` or ``TypeError`` unless values and indices have one shape, W_dec is [F, D] of their type."""
-    text = found(values=values, indices=indices, W_dec=W_dec_FD)
+    # The text is made where it is needed: it takes as long as everything else here.
+    kind: type[Exception] = ValueError
     if values.shape != indices.shape or W_dec_FD.dim() != 2 or 0 in W_dec_FD.shape:
-        raise ValueError(f"the decoder wants values and indices of one shape and W_dec [F, D], not empty; got {text}")
-    if not values.device == indices.device == W_dec_FD.device:
-        raise ValueError(f"the decoder wants its operands on one device; got {text}")
-    if values.dtype != W_dec_FD.dtype or not values.is_floating_point():
-        raise TypeError(f"the decoder wants values and W_dec of one float type; got {text}")
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"the decoder wants int32 or int64 indices; got {text}")
+        rule = "values and indices of one shape and W_dec [F, D], not empty"
+    elif not values.device == indices.device == W_dec_FD.device:
+        rule = "its operands on one device"
+    elif values.dtype != W_dec_FD.dtype or not values.is_floating_point():
+        kind, rule = TypeError, "values and W_dec of one float type"
+    elif indices.dtype not in (torch.int64, torch.int32):
+        kind, rule = TypeError, "int32 or int64 indices"
+    else:
+        return
+    raise kind(f"the decoder wants {rule}; got {found(values=values, indices=indices, W_dec=W_dec_FD)}")
 
 
 def offsets(offsets_N1: Tensor, n_entries: int) -> None:
