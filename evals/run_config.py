@@ -13,7 +13,9 @@ from sae.manifest import key_of
 RUN_VERSION = 1
 WITHOUT_K = ("relu", "gated")
 """Architectures whose L0 is what a penalty leaves."""
-OPTIONS_OF = {"multi_topk": ("topk",), "l1_decoder_norm": ("relu",)}
+OPTIONS_OF = {
+    "multi_topk": ("topk",), "l1_decoder_norm": ("relu",), "gate_l1": ("gated",), "l0_weight": ("jumprelu",),
+}  # fmt: skip
 """Options of TrainConfig that are for some architectures alone."""
 
 
@@ -90,7 +92,7 @@ def quick() -> RunConfig:
     SAEs see the training text four times: one pass leaves features too raw to tell from a random SAE's (docs/log.md),
     and a pass of both costs a quarter of what collecting the activations does.
     """
-    return RunConfig(train=TrainConfig(train_tokens=999_424, l1=0.14))
+    return RunConfig(train=TrainConfig(train_tokens=999_424, l1=0.14, gate_l1=0.39))
 
 
 def paper() -> RunConfig:
