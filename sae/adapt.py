@@ -64,7 +64,7 @@ def _config(p: Portable, original: Portable) -> SAEConfig:
     meaning = [p.format, p.activation, p.k, p.hookpoint, p.input_norm, list(p.recipe)]
     key = key_of("import", IMPORT_VERSION, meaning, files)
     slug = [_slug(part) for part in (p.format, (p.lm or "lm").rsplit("/", 1)[-1], p.hookpoint or p.hook or "hook")]
-    size = f"{p.architecture}-f{p.d_sae}" + (f"-k{p.k}" if p.k is not None and p.activation == "topk" else "")
+    size = f"{p.architecture}-f{p.d_sae}" + (f"-k{p.k}" if p.activation in ("topk", "groupmax") else "")
     meta = None
     if p.lm is not None and p.hookpoint is not None:
         meta = SubjectMeta(

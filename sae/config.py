@@ -240,13 +240,13 @@ class SAEConfig:
     format_version: int = 1
     architecture: str
     """How it was trained."""
-    activation: Literal["relu", "topk", "threshold", "gated"]
+    activation: Literal["relu", "topk", "threshold", "gated", "groupmax"]
     """How it is run."""
     d_in: int
     d_out: int
     d_sae: int
     k: int | None
-    """Active latents per token (topk), their mean (batchtopk, matryoshka), the aim of training (jumprelu) or null."""
+    """Active latents per token (topk, groupmax), their mean (batchtopk, matryoshka), the aim (jumprelu) or null."""
     apply_b_dec_to_input: bool
     input_norm: InputNorm
     decoder_unit_norm: bool

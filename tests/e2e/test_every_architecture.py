@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-NAMES = ("batchtopk", "matryoshka", "jumprelu", "gated")
+NAMES = ("batchtopk", "matryoshka", "jumprelu", "gated", "groupmax")
 
 
 def run(root: Path, world: list[str], *more: str) -> subprocess.CompletedProcess[str]:

@@ -30,7 +30,7 @@ def name(case: Path) -> str:
 
 def runnable(case: Path) -> bool:
     p = loading.read(case, options(case))
-    return p.activation == "topk" if p.transcoder else p.architecture in names("sae.architectures")
+    return p.activation == "topk" if p.transcoder else True
 
 
 def close(got: Tensor, want: Tensor) -> None:
@@ -64,7 +64,7 @@ def test_the_recipe_is_that_of_the_library(case: Path):
 def test_our_class_gives_the_same(case: Path):
     golden = load_file(case / "golden.safetensors")
     if not runnable(case):
-        with pytest.raises(Unsupported, match="transcoder|no such architecture"):
+        with pytest.raises(Unsupported, match="transcoder"):
             loading.load(case, options=options(case))
         return
     sae = loading.load(case, options=options(case))

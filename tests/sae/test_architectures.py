@@ -176,6 +176,10 @@ def test_the_auxiliary_loss_teaches_the_encoder_of_the_dead(name: str) -> None:
     state.tokens, state.v_e = 10**9, 0.5
     dead = torch.zeros(F, dtype=torch.bool)
     dead[:6] = True
+    if name == "groupmax":  # one of each group, beside one that always fires
+        dead = torch.arange(F) % (F // K) == 0
+        with torch.no_grad():
+            sae.b_enc_F[1 :: F // K] = 10.0
     state.last_fired_tokens_F[~dead] = state.tokens
     with torch.no_grad():
         sae.b_enc_F[dead] = -1e-5

@@ -67,6 +67,10 @@ def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> t
         z = row_topk(h, sae.cfg.k)
         if cfg.multi_topk:
             extra = mse(decode(row_topk(h, 4 * sae.cfg.k))) / 8
+    elif name == "groupmax":
+        groups = h.unflatten(1, (sae.cfg.k, -1))
+        largest = torch.zeros_like(groups).scatter(2, groups.argmax(2, keepdim=True), 1.0)
+        z = (groups * largest).relu().flatten(1)
     elif name in ("batchtopk", "matryoshka"):
         z = batch_topk(h, sae.cfg.k)
     elif name == "jumprelu":

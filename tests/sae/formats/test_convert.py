@@ -15,7 +15,7 @@ from sae import adapt, agreement, checkpoint, inspect, loading
 from sae.config import InputNorm, SAEConfig
 from sae.convert import convert
 from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, Unsupported
-from sae.plugins import find, names
+from sae.plugins import find
 from sae.portable import ImportOptions
 
 GOLDENS = Path(__file__).parents[2] / "interop" / "goldens"
@@ -31,7 +31,7 @@ EXPRESSIBLE = {
     "topk": {"native", "saelens", "sparsify", "dictionary_learning"},
     "threshold": {"native", "saelens", "dictionary_learning", "gemmascope"},
     "gated": {"native", "saelens", "dictionary_learning"},
-    "groupmax": {"sparsify"},
+    "groupmax": {"native", "sparsify"},
 }
 
 
@@ -43,7 +43,7 @@ def allowed(path: Path) -> set[str]:
         return {"native", "saelens"} | ({"openai"} if p.activation == "topk" else set())
     if p.input_norm.kind == "unit_norm":
         return {"native", "saelens"}
-    return EXPRESSIBLE[p.activation] - (set() if p.architecture in names("sae.architectures") else {"native"})
+    return EXPRESSIBLE[p.activation]
 
 
 @pytest.mark.parametrize("case", CASES)
