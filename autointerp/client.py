@@ -7,6 +7,7 @@ what is missing, stores each reply as it arrives and keeps the ledger. All log-p
 Torch-free; importing it opens no socket, reads no key and loads no model.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -36,12 +37,13 @@ from autointerp.records import ANSWER_CODES, Failure
 from autointerp.reply_cache import ReplyCache
 from sae.config import from_dict, require, to_dict
 from sae.console import progress
-from sae.errors import BudgetExceeded, Unsupported
+from sae.errors import BudgetExceeded, ConfigError, Unsupported
 
 __all__ = [
     "AnyReply", "CachedClient", "Capabilities", "Client", "ContinuationRequest", "GenerateRequest", "Identity",
     "LogprobReply", "LogprobRequest", "Message", "NextTokenRequest", "OnReply", "Origin", "Reply", "Request",
-    "SlotRequest", "Usage", "Verb", "check_capability", "count_tokens", "expected_tokens", "open_client", "request_key",
+    "SlotRequest", "Usage", "Verb", "check_capability", "count_tokens", "expected_tokens", "expected_usage",
+    "open_client", "recalled", "request_key",
 ]  # fmt: skip
 
 LOCAL_BLOCK_REQUESTS = 128
@@ -110,18 +112,24 @@ def count_tokens(client: Client, text: str) -> int:
     return len(client.tokenizer.encode(text, add_special_tokens=False))
 
 
-def expected_tokens(client: Client, request: Request) -> int:
-    """Upper estimate of what a request will use, for the budget."""
+def expected_usage(client: Client, request: Request) -> Usage:
+    """Upper estimate of what a request will use, for budgets and estimates."""
     size = lambda text: count_tokens(client, text) if isinstance(text, str) else len(text)  # noqa: E731
     match request:
         case GenerateRequest():
-            return sum(size(m.content) + 4 for m in request.messages) + request.max_tokens
+            prompt, output = sum(size(m.content) + 4 for m in request.messages), request.max_tokens
         case NextTokenRequest():
-            return sum(size(m.content) + 4 for m in request.messages) + 1
+            prompt, output = sum(size(m.content) + 4 for m in request.messages), 1
         case ContinuationRequest():
-            return size(request.prompt) + sum(size(c) for c in request.continuations)
+            prompt, output = size(request.prompt) + sum(size(c) for c in request.continuations), 0
         case SlotRequest():
-            return len(request.ids)
+            prompt, output = len(request.ids), 0
+    return Usage(prompt_tokens=prompt, output_tokens=output)
+
+
+def expected_tokens(client: Client, request: Request) -> int:
+    """Prompt and output together of :func:`expected_usage`."""
+    return expected_usage(client, request).total_tokens
 
 
 def recalled(kind: type[R], stored: Mapping[str, Any]) -> R | Failure:
@@ -136,10 +144,10 @@ def _shifted(on_reply: OnReply, start: int) -> OnReply:
 class CachedClient:
     """A client with a memory, a ledger and a budget.
 
-    ``max_tokens`` bounds prompt + output tokens that this object lets be sent. Every request is reserved at its upper
-    estimate first; what does not fit is not sent, what was sent is stored, then :class:`BudgetExceeded` is raised, so
-    the same command with a larger budget goes on from there. Of the failures those are stored that were an answer (a
-    refusal, an empty one); what got no answer is asked again by the next run.
+    ``max_tokens`` bounds prompt + output tokens that this object lets be sent, ``max_cost_usd`` what they cost. Every
+    request is reserved at its upper estimate first; what does not fit is not sent, what was sent is stored, then
+    :class:`BudgetExceeded` is raised, so the same command with a larger budget goes on from there. Of the failures
+    those are stored that were an answer (a refusal, an empty one); what got no answer is asked again by the next run.
     """
 
     def __init__(
@@ -149,11 +157,18 @@ class CachedClient:
         *,
         ledger: Ledger | None = None,
         max_tokens: int | None = None,
+        max_cost_usd: float | None = None,
     ) -> None:
-        self.backend, self.cache, self.max_tokens = backend, cache, max_tokens
+        self.backend, self.cache, self.max_tokens, self.max_cost_usd = backend, cache, max_tokens, max_cost_usd
         self.ledger = ledger if ledger is not None else Ledger()
+        self.price = self.ledger.prices.get(backend.identity.model)
+        if max_cost_usd is not None and self.price is None:
+            raise ConfigError(
+                f"a cost limit needs the price of {backend.identity.model!r}: give a table (--interp.prices FILE), "
+                '{"model": {"prompt": 1.0, "cached": 0.5, "output": 4.0}} in US dollars per million tokens'
+            )
         self.identity, self.capabilities, self.tokenizer = backend.identity, backend.capabilities, backend.tokenizer
-        self.spent_tokens = 0
+        self.spent_tokens, self.spent_usd = 0, 0.0
         if cache is not None:
             cache.remember(to_dict(backend.identity))
 
@@ -211,11 +226,7 @@ class CachedClient:
             while waiting:
                 round_keys = self._affordable(waiting, missing)
                 if not round_keys:
-                    raise BudgetExceeded(
-                        f"the budget of {self.max_tokens:,} LLM tokens is spent ({self.spent_tokens:,} used, "
-                        f"{len(waiting):,} requests of {stage!r} not sent); replies so far are stored: "
-                        "run the same command with a larger --max-llm-tokens to go on"
-                    )
+                    raise BudgetExceeded(self._spent(len(waiting), stage))
 
                 def keep(i: int, answer: Any, keys: list[str] = round_keys) -> None:
                     answers[keys[i]] = answer
@@ -226,6 +237,7 @@ class CachedClient:
                         stored: dict[str, Any] = {"failure": to_dict(answer)}
                     else:
                         self.spent_tokens += answer.usage.total_tokens
+                        self.spent_usd += self.price.of(answer.usage) if self.price else 0.0
                         stored = to_dict(answer)
                     if self.cache is not None:
                         self.cache.put(keys[i], stored, request=request_dict(missing[keys[i]]))
@@ -238,15 +250,32 @@ class CachedClient:
                 waiting = [k for k in waiting if k not in answers]
 
     def _affordable(self, waiting: list[str], requests: Mapping[str, Any]) -> list[str]:
-        if self.max_tokens is None:
+        if self.max_tokens is None and self.max_cost_usd is None:
             return waiting
-        left, taken = self.max_tokens - self.spent_tokens, []
+        tokens = (math.inf if self.max_tokens is None else self.max_tokens) - self.spent_tokens
+        usd = (math.inf if self.max_cost_usd is None else self.max_cost_usd) - self.spent_usd
+        taken = []
         for key in waiting:
-            left -= expected_tokens(self, requests[key])
-            if left < 0:
+            expected = expected_usage(self, requests[key])
+            tokens -= expected.total_tokens
+            usd -= self.price.of(expected) if self.price else 0.0
+            if tokens < 0 or usd < 0:
                 break
             taken.append(key)
         return taken
+
+    def _spent(self, n_waiting: int, stage: str) -> str:
+        """What to say when nothing more is affordable."""
+        limits = []
+        if self.max_tokens is not None:
+            limits.append((f"{self.max_tokens:,} LLM tokens", f"{self.spent_tokens:,} used", "--max-llm-tokens"))
+        if self.max_cost_usd is not None:
+            limits.append((f"{self.max_cost_usd:g} US dollars", f"{self.spent_usd:.4f} spent", "--max-cost-usd"))
+        most, used, options = (" or ".join(part) for part in zip(*limits, strict=True))
+        return (
+            f"the budget of {most} is spent ({used}, {n_waiting:,} requests of {stage!r} not sent); replies so far "
+            f"are stored: run the same command with a larger {options} to go on"
+        )
 
 
 def open_client(
@@ -254,6 +283,7 @@ def open_client(
     *,
     replies: Path | None = None,
     max_tokens: int | None = None,
+    max_cost_usd: float | None = None,
     ledger: Ledger | None = None,
     keep_requests: bool = False,
     **options: Any,
@@ -268,4 +298,4 @@ def open_client(
         options["replies"] = replies
     backend = plugin(**options)
     cache = ReplyCache(replies, keep_requests=keep_requests) if replies is not None else None
-    return CachedClient(backend, cache, ledger=ledger, max_tokens=max_tokens)
+    return CachedClient(backend, cache, ledger=ledger, max_tokens=max_tokens, max_cost_usd=max_cost_usd)

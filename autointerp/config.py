@@ -1,6 +1,7 @@
 """Configuration of the ``autointerp`` floor. Torch-free."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from sae.config import require
 
@@ -67,6 +68,10 @@ class InterpConfig:
     """Sentence embedding model of the embedded judges: `default` (MiniLM from its wheel), `none`, or a folder."""
     max_llm_tokens: int | None = None
     """Stop cleanly once this many LLM tokens were used."""
+    max_cost_usd: float | None = None
+    """Stop cleanly before the LLM costs more; needs ``prices``."""
+    prices: Path | None = None
+    """JSON file {"model": {"prompt": 1.0, "cached": 0.5, "output": 4.0}}, US dollars per million tokens."""
     seed: int = 0
 
     def __post_init__(self) -> None:

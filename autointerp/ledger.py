@@ -19,7 +19,7 @@ from sae.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from autointerp.client import AnyReply, Origin
+    from autointerp.client import AnyReply, Origin, Usage
 
 TOKENS_PER_PRICE = 1_000_000
 
@@ -55,6 +55,12 @@ class Price(NamedTuple):
     prompt: float
     cached: float
     output: float
+
+    def of(self, usage: "Usage") -> float:
+        """US dollars for so many tokens."""
+        fresh = usage.prompt_tokens - usage.cached_tokens
+        sums = fresh * self.prompt + usage.cached_tokens * self.cached + usage.output_tokens * self.output
+        return sums / TOKENS_PER_PRICE
 
 
 def load_prices(path: Path | None = None) -> dict[str, Price]:

@@ -43,9 +43,9 @@ def parse_chat(text: str, request: Any, latency_ms: float | None) -> Any:
         if not data["choices"]:
             return Failure(code="empty", stage=request.verb, detail="no choices")
         choice = data["choices"][0]
-        usage = usage_of(data.get("usage") or {}, latency_ms)
+        usage = _usage(data.get("usage") or {}, latency_ms)
         if isinstance(request, NextTokenRequest):
-            return top_logprobs_of(choice, request, usage)
+            return _top_logprobs(choice, request, usage)
         message, finish = choice["message"], choice.get("finish_reason")
         content = message.get("content") or ""
         if message.get("refusal") or finish == "content_filter":
@@ -60,7 +60,7 @@ def parse_chat(text: str, request: Any, latency_ms: float | None) -> Any:
         return Failure(code="schema", stage=request.verb, detail=detail[:MAX_DETAIL_CHARS])
 
 
-def usage_of(counted: Any, latency_ms: float | None) -> Usage:
+def _usage(counted: Any, latency_ms: float | None) -> Usage:
     details = counted.get("prompt_tokens_details") or {}
     return Usage(
         prompt_tokens=int(counted.get("prompt_tokens") or 0),
@@ -70,7 +70,7 @@ def usage_of(counted: Any, latency_ms: float | None) -> Usage:
     )
 
 
-def top_logprobs_of(choice: Any, request: NextTokenRequest, usage: Usage) -> LogprobReply | Failure:
+def _top_logprobs(choice: Any, request: NextTokenRequest, usage: Usage) -> LogprobReply | Failure:
     listed = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
     found = {entry["token"]: float(entry["logprob"]) for entry in listed}
     if not found:

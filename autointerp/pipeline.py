@@ -78,9 +78,7 @@ def _options(plugin: Any) -> dict[str, Any]:
 
 def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) -> tuple[list[Any], list[Scorer]]:
     """(explainers, scorers) of a configuration, their needs checked; UnknownPlugin or Unsupported before any work."""
-    explainers = [_told(find("autointerp.explainers", name), candidates=cfg.candidates) for name in cfg.explainers]
-    told = {"simulator": cfg.simulator, "max_latents": cfg.costly_latents}
-    scorers = [_told(find("autointerp.scorers", name), **told) for name in cfg.scorers]
+    explainers, scorers = plugins_of(cfg)
     for plugin in explainers:
         check_needs(plugin, ctx)
     for plugin in scorers:
@@ -88,10 +86,16 @@ def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) 
     return explainers, scorers
 
 
-def _told(kind: Any, **options: Any) -> Any:
-    """The plug-in, told those of the options that its constructor takes."""
-    known = inspect.signature(kind).parameters
-    return kind(**{name: value for name, value in options.items() if name in known})
+def plugins_of(cfg: InterpConfig) -> tuple[list[Any], list[Any]]:
+    """(explainers, scorers), each told those settings of the configuration that its constructor takes."""
+    told = {"candidates": cfg.candidates, "simulator": cfg.simulator, "max_latents": cfg.costly_latents}
+
+    def made(kind: Any) -> Any:
+        known = inspect.signature(kind).parameters
+        return kind(**{name: value for name, value in told.items() if name in known})
+
+    explainers = [made(find("autointerp.explainers", name)) for name in cfg.explainers]
+    return explainers, [made(find("autointerp.scorers", name)) for name in cfg.scorers]
 
 
 def explain(

@@ -3,6 +3,7 @@
 V vocabulary, D = d_in.
 """
 
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 
 from autointerp import pipeline
 from autointerp.client import CachedClient, open_client
+from autointerp.estimate import estimate, total
 from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
 from autointerp.last_acts import make_last_acts
+from autointerp.ledger import Ledger, load_prices
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from evals.stages import Pipeline
@@ -22,6 +25,7 @@ from sae.errors import BudgetExceeded, ConfigError
 from sae.language_model import LanguageModel
 
 OUTPUT_TOKENS = 10
+logger = logging.getLogger(__name__)
 
 
 class Interpretation:
@@ -46,7 +50,10 @@ class Interpretation:
             options = {"model": i.llm, "device": self.cfg.device} if i.llm else {"lm": self.stages.lm_float32()}
         elif i.base_url or i.llm:
             raise ConfigError(f"--interp.client {i.client} takes no --interp.llm or --interp.base-url")
-        return open_client(i.client, replies=self.cfg.root / "replies.sqlite", max_tokens=i.max_llm_tokens, **options)
+        return open_client(
+            i.client, replies=self.cfg.root / "replies.sqlite", max_tokens=i.max_llm_tokens,
+            max_cost_usd=i.max_cost_usd, ledger=Ledger(load_prices(i.prices)), **options,
+        )  # fmt: skip
 
     @cached_property
     def embedder(self) -> EmbedderLike | None:
@@ -83,10 +90,33 @@ class Interpretation:
             last_acts=last_acts,
         )
 
+    def note_estimate(self) -> None:
+        """Say and note what will be asked of a model that is paid for, before it is."""
+        if self.client.capabilities.local:
+            return
+        i = self.cfg.interp
+        stages = estimate(
+            self.explainers, self.scorers, self.cfg.exemplars, latents=i.latents,
+            tokenizer=self.stages.lm().tokenizer, capabilities=self.client.capabilities,
+            embedder=i.embedder != "none",
+        )  # fmt: skip
+        whole = total(stages, len(self.stages.saes))
+        cost = whole.cost_usd(self.client.price)
+        self.log.notes["llm_estimate"] = {
+            "requests": whole.requests, "prompt_tokens": whole.prompt_tokens, "output_tokens": whole.output_tokens,
+            "cost_usd": cost, "stages": [vars(s) for s in stages],
+        }  # fmt: skip
+        logger.info(
+            "%s: about %s requests, %s prompt and %s output tokens at most%s, less what is in the reply cache",
+            self.client.identity.model, f"{whole.requests:,}", f"{whole.prompt_tokens:,}", f"{whole.output_tokens:,}",
+            "" if cost is None else f", {cost:.2f} US dollars",
+        )  # fmt: skip
+
     @cached_property
     def explanations(self) -> dict[str, Path]:
         """Folder of explanations by sae_id."""
         tables, folders = self.stages.exemplars, {}
+        self.note_estimate()
         with self.log.stage("explanations") as stage:
             for sae in self.stages.saes:
                 table = tables.get(sae.sae_id)
@@ -131,6 +161,8 @@ class Interpretation:
             checks = [c for f in list(folders.values())[:1] for c in pipeline.open_scores(f).checks]
             self.log.notes["judges"] = [c.to_dict() for c in checks]
             self.log.notes["llm"] = self.client.ledger.totals()
+            if self.client.ledger.entries:  # a run that found everything done has nothing to add
+                self.client.ledger.write(self.cfg.root / "ledger.parquet")
             stage.note = ", ".join(f"{c.scorer} judge AUC {c.auc:.2f}" for c in checks if c.auc is not None)
         return folders
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from autointerp.estimate import planned, total
 from evals.measure import select
 from evals.run_config import RunConfig
 from evals.stages import free_disk_gb
@@ -79,7 +80,7 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
     n_saes = len(cfg.sae) or len(cfg.architectures)
     if not cfg.sae:
         lines.append(_train_line(cfg, d_in, speed32))
-    lines.extend(_interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s))
+    lines.extend(_interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s, lm.tokenizer))
     for evaluation in select(cfg.evals):
         lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
     lines.append(PlanLine("leaderboard and pages", 5, ""))
@@ -95,7 +96,9 @@ def _train_line(cfg: RunConfig, d_in: int, speed: float) -> PlanLine:
     return PlanLine("train SAEs", flops / (speed * TRAIN_EFFICIENCY), detail, disk)
 
 
-def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: float) -> list[PlanLine]:
+def _interp_lines(
+    cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: float, tokenizer: Any
+) -> list[PlanLine]:
     i, e = cfg.interp, cfg.exemplars
     dear = min(i.latents, i.costly_latents or i.latents)
     held = cfg.tokens.explain_tokens + cfg.tokens.calibrate_tokens + cfg.tokens.score_tokens
@@ -113,10 +116,7 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     llm_tokens = 0
     if "pmi" in i.explainers:
         llm_tokens += i.latents * 6 * 60
-    if "surprisal" in i.scorers:
-        llm_tokens += dear * 24 * 66
-    prompted = [s for s in (*i.explainers, *i.scorers) if s in ("highlighted", "detection", "fuzzing")]
-    llm_tokens += i.latents * len(prompted) * 4_000
+    asked = planned(i, e, tokenizer)
     local = i.client == "transformers"
     lines.append(
         PlanLine(
@@ -129,7 +129,8 @@ def _interp_lines(cfg: RunConfig, n_subjects: int, lower_s: float, whole_s: floa
     if local:
         seconds += n_subjects * dear * 24 * 66 * whole_s * ("surprisal" in i.scorers)
     lines.append(
-        PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0, n_subjects * llm_tokens)
+        PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0,
+                 n_subjects * llm_tokens + total(asked, n_subjects).tokens)
     )
     return lines
 

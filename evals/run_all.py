@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from evals.run_config import PRESET_FUNCTIONS, RunConfig
 from sae import console
-from sae.errors import ConfigError, SaescopeError, did_you_mean
+from sae.errors import BudgetExceeded, ConfigError, SaescopeError, did_you_mean
 
 logger = logging.getLogger(__name__)
 LISTED_METRICS = 8
@@ -91,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaescopeError as error:
         logger.debug("traceback", exc_info=error)
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, BudgetExceeded):
+            return EXIT_STOPPED
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     except OSError as error:
         if verbose:
