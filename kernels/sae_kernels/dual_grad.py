@@ -53,6 +53,17 @@ class DualGradient(NamedTuple):
 
 
 @triton.jit
+def _store_sum(  # type: ignore[no-untyped-def]
+    sums, result_ptr, out, part_ptr, part, inside, whole, is_head, ADD: tl.constexpr
+):
+    """Sums of a head or piece to the result where they are ``whole``, else to the workspace."""
+    if ADD:
+        sums += tl.load(result_ptr + out, mask=inside & is_head, other=0.0)
+    tl.store(result_ptr + out, sums.to(result_ptr.dtype.element_ty), mask=inside & whole)
+    tl.store(part_ptr + part, sums, mask=inside & (whole == 0))
+
+
+@triton.jit
 def _segments_kernel(  # type: ignore[no-untyped-def]
     entries_ptr, keys_ptr, bounds_ptr, tokens_ptr, coef_dec_ptr, r_ptr, coef_enc_ptr, u_ptr, w_dec_ptr, w_enc_ptr,
     b_ptr, part_dec_ptr, part_enc_ptr, part_b_ptr, shift, n_latents, n_slots, width, n_pieces,
@@ -97,27 +108,16 @@ def _segments_kernel(  # type: ignore[no-untyped-def]
                 coef = tl.load(coef_enc_ptr + entries, mask=used, other=0.0).to(tl.float32)
                 enc += tl.sum(tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32) * coef[:, None], axis=0)
                 bias += coef
-        out = latent * width + channels
         if is_head:
-            if ADD:
-                dec += tl.load(w_dec_ptr + out, mask=inside, other=0.0)
             piece = n_pieces + first // CHUNK
         # A head without further pieces is the result; every other sum is one of those that are still to be added.
         whole = is_head & (last == tl.load(bounds_ptr + latent + 1))
-        part = piece * width + channels
-        tl.store(w_dec_ptr + out, dec.to(w_dec_ptr.dtype.element_ty), mask=inside & whole)
-        tl.store(part_dec_ptr + part, dec, mask=inside & (whole == 0))
+        out, part = latent * width + channels, piece * width + channels
+        _store_sum(dec, w_dec_ptr, out, part_dec_ptr, part, inside, whole, is_head, ADD)
         if DUAL:
-            if ADD:
-                enc += tl.load(w_enc_ptr + out, mask=inside & is_head, other=0.0)
-            tl.store(w_enc_ptr + out, enc.to(w_enc_ptr.dtype.element_ty), mask=inside & whole)
-            tl.store(part_enc_ptr + part, enc, mask=inside & (whole == 0))
+            _store_sum(enc, w_enc_ptr, out, part_enc_ptr, part, inside, whole, is_head, ADD)
             if tl.program_id(1) == 0:
-                total = tl.sum(bias, axis=0)
-                if ADD:
-                    total += tl.load(b_ptr + latent, mask=is_head, other=0.0)
-                tl.store(b_ptr + latent, total, mask=whole)
-                tl.store(part_b_ptr + piece, total, mask=whole == 0)
+                _store_sum(tl.sum(bias, axis=0), b_ptr, latent, part_b_ptr, piece, True, whole, is_head, ADD)
 
 
 @triton.jit
