@@ -8,13 +8,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from sae.errors import ArtefactError
+from sae.mirror import Mirror
 
 
 class MetricLog:
-    """Appends rows to a file that starts empty; use it as a context manager."""
+    """Appends rows to a file that starts empty; use it as a context manager. ``mirror`` gets the same rows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mirror: Mirror | None = None) -> None:
         self.path = Path(path)
+        self._mirror = mirror
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "w", encoding="utf-8")
 
@@ -23,6 +25,8 @@ class MetricLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
+        if self._mirror is not None:
+            self._mirror.write(clean)
 
     def restore(self, text: str) -> None:
         """Replace everything written so far: the log as it was at the step that training goes on from."""
@@ -38,6 +42,9 @@ class MetricLog:
 
     def close(self) -> None:
         self._file.close()
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
 
     def __enter__(self) -> Self:
         return self

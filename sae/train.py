@@ -21,6 +21,7 @@ from sae.base import SAE, NormStats
 from sae.config import InputNorm, SubjectMeta, TrainConfig
 from sae.errors import ConfigError, DataError, SaescopeError
 from sae.metric_log import MetricLog
+from sae.mirror import MakeMirror
 from sae.plugins import find
 from sae.train_run import STAGE_VERSION, Run, Store, identity, input_norm, run_folder
 
@@ -68,12 +69,13 @@ def train_many(
     device: str | torch.device = "cpu",
     force: bool = False,
     keeper: resume.Keeper | None = None,
+    mirror: MakeMirror | None = None,
 ) -> list[Path]:
     """Folders ``root/saes/<sae_id>`` in the order of ``cfgs``; complete ones are not trained again unless ``force``.
 
     What was interrupted goes on from its newest saved step and ends with the bytes of an uninterrupted run (on a CPU,
-    with as many threads); ``keeper`` says how often steps are saved. SIGTERM and SIGINT save and raise
-    :class:`sae.resume.TrainingInterrupted`, a ``KeyboardInterrupt``.
+    with as many threads); ``keeper`` says how often steps are saved, ``mirror`` where the rows of logs go as well.
+    SIGTERM and SIGINT save and raise :class:`sae.resume.TrainingInterrupted`, a ``KeyboardInterrupt``.
 
     All configurations need the same ``batch_tokens``. An SAE whose loss becomes non-finite is stopped, the others go
     on, and :class:`TrainingDiverged`, which lists both, is raised at the end. ``ConfigError`` for configurations that
@@ -101,7 +103,8 @@ def train_many(
         sample_ND = store.read(flat).float().to(device)
         runs = []
         for i in missing:
-            log = stack.enter_context(MetricLog(run_folder(folders[i]) / "train.jsonl"))
+            mirrored = None if mirror is None else mirror(folders[i].name, identity(cfgs[i]))
+            log = stack.enter_context(MetricLog(run_folder(folders[i]) / "train.jsonl", mirrored))
             target_NO = _targets(store, flat, device) if _plugin(cfgs[i]).transcodes else None
             runs.append(train_run.start(cfgs[i], meta, keys[i], folders[i], store, sample_ND, log, target_NO))
             if (step := saved[i]) is not None:

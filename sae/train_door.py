@@ -52,6 +52,8 @@ class TrainDoor:
     """Only say what the run would take (tokens, disk, memory, time): the text is tokenised, the rest tried in small."""
     save_every_s: float = 300.0
     """Seconds between saved steps, from which a killed run goes on."""
+    wandb: str | None = None
+    """Send the rows of train.jsonl to this Weights & Biases project as well."""
     force: bool = False
     """Collect and train again, whatever is complete or saved."""
     verbose: bool = False
@@ -321,6 +323,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list[Path]:
     """Folders of the SAEs in the order of ``cfgs``."""
+    from sae.mirror import to_wandb
     from sae.resume import Keeper
     from sae.tokens import drop_ids
     from sae.train import train_many
@@ -328,10 +331,13 @@ def run(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list[Pat
     store = collect(cfg, found)
     ids = () if found.lm is None or not cfg.filter.drop_special else drop_ids(found.lm.tokenizer)
     meta = meta_of(store, ids)
+    mirror = None if cfg.wandb is None else to_wandb(cfg.wandb)
     by_cfg: dict[TrainConfig, Path] = {}
     for group in by_batch(cfgs):
         keeper = Keeper(every_s=cfg.save_every_s)
-        folders = train_many(cfg.root, store, group, meta, device=cfg.device, force=cfg.force, keeper=keeper)
+        folders = train_many(
+            cfg.root, store, group, meta, device=cfg.device, force=cfg.force, keeper=keeper, mirror=mirror
+        )
         by_cfg |= dict(zip(group, folders, strict=True))
     return [by_cfg[one] for one in cfgs]
 
