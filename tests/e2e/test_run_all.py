@@ -182,11 +182,14 @@ def test_a_faulty_llm_server_gives_counted_failures_and_no_zero(tiny_world: list
     interp = ["--interp.client", "openai", "--interp.llm", "m", "--interp.explainers", "highlighted", "token_list"]
     scorers = ["--interp.scorers", "detection", "fuzzing", "--evals", "explanation"]
     with judge_server() as server:
-        arguments = [*interp, "--interp.base-url", server.url, *scorers]
-        done = run(tmp_path, tiny_world, *arguments, env={"OPENAI_API_KEY": "test", "NO_PROXY": "127.0.0.1"})
+        arguments, env = [*interp, "--interp.base-url", server.url, *scorers], {"NO_PROXY": "127.0.0.1"}
+        stopped = run(tmp_path, tiny_world, *arguments, "--interp.max-llm-tokens", "2500", env=env)
+        assert stopped.returncode == 3 and "--max-llm-tokens" in stopped.stderr, stopped.stderr[-3000:]
+        assert server.delivered and "Traceback" not in stopped.stderr
+        done = run(tmp_path, tiny_world, *arguments, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         paid, log = len(server.delivered), json.loads((tmp_path / "run.json").read_text())
-        again = run(tmp_path, tiny_world, *arguments, env={"OPENAI_API_KEY": "test", "NO_PROXY": "127.0.0.1"})
+        again = run(tmp_path, tiny_world, *arguments, env=env)
     assert again.returncode == 0 and "Traceback" not in done.stderr + again.stderr
     assert len(server.delivered) == paid > 100  # a refusal is an answer: nothing is asked twice
     explained = [
@@ -209,7 +212,10 @@ def test_a_faulty_llm_server_gives_counted_failures_and_no_zero(tiny_world: list
     assert scores["value"].notna().any() and scores[scores["value"].isna()]["null_reason"].notna().all()
     rows = [json.loads(x) for p in tmp_path.glob("rows/*/*/*/rows.jsonl") for x in p.read_text().splitlines()]
     assert any(r["n_failed"] for r in rows) and all(r["value"] is not None or r["failure"] for r in rows)
-    assert any(log["notes"]["failed_explanations"].values()) and log["notes"]["llm"]["failed"] > 0
+    spent, planned = log["notes"]["llm"], log["notes"]["llm_estimate"]
+    assert any(log["notes"]["failed_explanations"].values()) and spent["failed"] > 0
+    assert 0.6 < planned["requests"] / spent["requests"] < 1.5  # lost texts are not scored, odd answers asked twice
+    assert pd.read_parquet(tmp_path / "ledger.parquet")["requests"].sum() == spent["requests"]
 
 
 @pytest.mark.slow
