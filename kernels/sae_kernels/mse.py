@@ -5,6 +5,7 @@ r = y - t this writes everything that the gradient of any f(|r_n|^2) needs (Gao 
 for the loss, appendix D for the sparse products), so the backward pass reads no row of W again.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ def _decode_error_kernel(  # type: ignore[no-untyped-def]
         tl.store(dot_ptr + (piece * n_tokens + token) * n_slots + slots, dots, mask=used)
 
 
+@cache
 def blocks(width: int) -> launch.Blocks:
     """Settings for rows of ``width`` channels (at least 1): data, so equal inputs give equal bits."""
     channels = min(SLICE, max(16, launch.power_of_2(width)))
@@ -85,13 +87,16 @@ def check(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND
     error = launch.refusal(values_NK, indices_NK, W_FD, mixed=True)
     if error is not None:
         raise error
-    found = f"b {tuple(b_D.shape)} {b_D.dtype}, t {tuple(t_ND.shape)} {t_ND.dtype} strides {t_ND.stride()}"
+    kind: type[Exception] = ValueError
     if b_D.dtype not in launch.FLOATS or t_ND.dtype not in launch.FLOATS:
-        raise TypeError(f"b and t must be float32, bfloat16 or float16; got {found}")
-    if b_D.shape != W_FD.shape[1:] or t_ND.shape != (len(values_NK), W_FD.shape[1]):
-        raise ValueError(f"b must be [D] and t [N, D]; values {tuple(values_NK.shape)}, W {tuple(W_FD.shape)}, {found}")
-    if not t_ND.is_contiguous() or not b_D.device == t_ND.device == W_FD.device:
-        raise ValueError(f"t must be contiguous, b and t on {W_FD.device}; got {found} on {b_D.device}, {t_ND.device}")
+        kind, rule = TypeError, "b and t must be float32, bfloat16 or float16"
+    elif b_D.shape != W_FD.shape[1:] or t_ND.shape != (len(values_NK), W_FD.shape[1]):
+        rule = "b must be [D] and t [N, D]"
+    elif not t_ND.is_contiguous() or not b_D.device == t_ND.device == W_FD.device:
+        rule = f"t must be contiguous, b and t on {W_FD.device}"
+    else:
+        return
+    raise kind(f"{rule}; got {launch.described(values=values_NK, W=W_FD, b=b_D, t=t_ND)}")
 
 
 @torch.no_grad()

@@ -104,14 +104,17 @@ def blocks(width: int) -> launch.Blocks:
 
 
 def _check(**matrices: Tensor) -> None:
-    found = ", ".join(f"{name} {tuple(t.shape)} {t.dtype} strides {t.stride()}" for name, t in matrices.items())
+    kind: type[Exception] = ValueError
     shape = next(iter(matrices.values())).shape
     if len(shape) != 2 or any(t.shape != shape or not t.is_contiguous() for t in matrices.values()):
-        raise ValueError(f"matrices must be contiguous [F, D] of one shape; got {found}")
-    if not 1 <= shape[1] <= launch.MAX_WIDTH:
-        raise ValueError(f"D must lie in 1..{launch.MAX_WIDTH}; got {found}")
-    if any(t.dtype != torch.float32 for name, t in matrices.items() if name != "copy"):
-        raise TypeError(f"weights and gradients must be float32; got {found}")
+        rule = "matrices must be contiguous [F, D] of one shape"
+    elif not 1 <= shape[1] <= launch.MAX_WIDTH:
+        rule = f"D must lie in 1..{launch.MAX_WIDTH}"
+    elif any(t.dtype != torch.float32 for name, t in matrices.items() if name != "copy"):
+        kind, rule = TypeError, "weights and gradients must be float32"
+    else:
+        return
+    raise kind(f"{rule}; got {launch.described(**matrices)}")
 
 
 @torch.no_grad()

@@ -277,21 +277,21 @@ def _dense_topk(
 def refusal(u_ND: Tensor, prepared: PreparedEncoder, k: int) -> Exception | None:
     """The error for operands that :func:`encode_topk` does not take, with what was found; None if it takes them."""
     W_PD = prepared.W_PD
-    found = (
-        f"u {tuple(u_ND.shape)} {u_ND.dtype} strides {u_ND.stride()} on {u_ND.device}, W_enc "
-        f"{(prepared.n_latents, W_PD.shape[1])} {W_PD.dtype} on {W_PD.device}, k {k}"
-    )
+    kind: type[Exception] = ValueError
     if u_ND.dtype != W_PD.dtype:
-        return TypeError(f"u and the prepared W_enc must have one type; got {found}")
-    if u_ND.dim() != 2 or u_ND.shape[1] != W_PD.shape[1]:
-        return ValueError(f"u must be [N, D] with the D of W_enc; got {found}")
-    if u_ND.device != W_PD.device or u_ND.device != prepared.b_P.device:
-        return ValueError(f"u and the prepared encoder must lie on one device; got {found}")
-    if not u_ND.is_contiguous():
-        return ValueError(f"u must be contiguous; got {found}")
-    if not 1 <= k <= prepared.n_latents or len(u_ND) * k >= 2**31:
-        return ValueError(f"k must lie in 1..{prepared.n_latents} and N * K below 2^31; got {found}")
-    return None
+        kind, rule = TypeError, "u and the prepared W_enc must have one type"
+    elif u_ND.dim() != 2 or u_ND.shape[1] != W_PD.shape[1]:
+        rule = "u must be [N, D] with the D of W_enc"
+    elif u_ND.device != W_PD.device or u_ND.device != prepared.b_P.device:
+        rule = "u and the prepared encoder must lie on one device"
+    elif not u_ND.is_contiguous():
+        rule = "u must be contiguous"
+    elif not 1 <= k <= prepared.n_latents or len(u_ND) * k >= 2**31:
+        rule = f"k must lie in 1..{prepared.n_latents} and N * K below 2^31"
+    else:
+        return None
+    shape = (prepared.n_latents, W_PD.shape[1])
+    return kind(f"{rule}; got {launch.described(u=u_ND)}, W_enc {shape} {W_PD.dtype} on {W_PD.device}, k {k}")
 
 
 def encode_topk(
