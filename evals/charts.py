@@ -199,49 +199,17 @@ def bars(
             outline.append(f"M{i * step:.1f} {floor:g}v{-tall:.1f}h{step * 0.85:.1f}v{tall:.1f}z" if tall else "")
             continue
         note = escape(notes[i] if i < len(notes) else f"{heights[i]:g}")
-        gap = min(1.0, step * 0.15)
         body.append(
-            f'<rect class="hist" x="{i * step + gap / 2:.2f}" y="{floor - tall:.2f}" width="{step - gap:.2f}" '
-            f'height="{tall:.2f}">'
-            f"<title>{note}</title></rect>"
+            f'<path d="M{i * step:.1f} {floor:g}v{-tall:.1f}h{step * 0.85:.1f}v{tall:.1f}z">'
+            f"<title>{note}</title></path>"
         )
     if log:
-        body.append(f'<path class="hist" d="{"".join(outline)}"/>')
+        body.append(f'<path d="{"".join(outline)}"/>')
+    body = [f'<g class="hist">{"".join(body)}</g>']
     body.append(f'<line class="rail" x1="0" x2="{width:g}" y1="{floor:g}" y2="{floor:g}"/>')
     body.append(f'<text class="tick" x="0" y="{height - 4:g}">{escape(edges[0])}</text>')
     body.append(f'<text class="tick" x="{width:g}" y="{height - 4:g}" text-anchor="end">{escape(edges[1])}</text>')
     return _svg(width, height, "".join(body), title, "chart small")
-
-
-def true_and_simulated(acts: Sequence[float], simulated: Sequence[float], max_act: float) -> Markup:
-    """True activations as bars, simulated ones as a stepped line; each over its own top (max_act; 1 or the largest)."""
-    n = len(acts)
-    if not n or max_act <= 0:
-        return Markup("")
-    height, step = 26.0, 6.0
-    top = max([1.0, *map(float, simulated)])
-    body = []
-    for i, act in enumerate(acts):
-        tall = min(1.0, max(0.0, float(act)) / max_act) * (height - 2)
-        if tall > 0:
-            body.append(
-                f'<rect class="true" x="{i * step + 0.5:g}" y="{height - tall:.1f}" width="{step - 1:g}" '
-                f'height="{tall:.1f}"/>'
-            )
-    path, last = [], -1.0
-    for i, value in enumerate(simulated[:n]):
-        level = round(height - min(1.0, max(0.0, float(value)) / top) * (height - 2), 1)
-        path.append(f"M0 {level:g}" if i == 0 else f"V{level:g}" if level != last else "")
-        path.append(f"H{(i + 1) * step:g}")
-        last = level
-    body.append(f'<path class="sim" d="{"".join(path)}"/>')
-    return _svg(
-        n * step,
-        height,
-        "".join(body),
-        "true activations (bars) and simulated activations (line), token by token",
-        "spark",
-    )
 
 
 def lines(series: Sequence[tuple[str, Sequence[float], Sequence[float]]], x_name: str, title: str) -> Markup:

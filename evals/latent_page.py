@@ -7,34 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autointerp.records import Exemplar, Explanation, Failure, JudgeCheck, LatentScore, ScoreItem, Simulation
+from autointerp.records import Explanation, JudgeCheck, LatentScore
 from evals import charts
 from evals.board import plain, weak_reason
 from evals.gains import Cell
 from evals.page_data import LatentData, SaeData
-from evals.page_text import number, percent, segments, visible
+from evals.page_text import number, percent, visible
 from evals.page_tokens import TokenReader
+from evals.page_windows import failure_text, neighbours, window_groups
 
 HEADLINE_METRICS = ("auc", "pearson", "f1", "balanced_accuracy", "accuracy")
 """The first of these that a scorer reports stands for it in tables with one column per scorer."""
 SHOWN_METRICS = ("auc", "pearson", "precision", "accuracy")
 """Metrics of the main table; the others fold away."""
 MAX_PATTERNS = 12
-KIND_TITLES = (
-    ("explain", ("top",), "Strongest", False),
-    ("explain", ("quantile",), "Over the whole range", False),
-    ("score", ("top", "quantile", "random_positive"), "Scored, active", False),
-    ("score", ("silent",), "Scored, silent", False),
-    ("score", ("same_token", "co_occurring", "decoder_near"), "Scored, silent but close (hard negatives)", False),
-    ("explain", ("random_positive",), "Random activations (used for the n-gram pattern)", True),
-    ("explain", ("silent", "same_token", "co_occurring", "decoder_near"), "Silent, shown to the explainer", True),
-    (
-        "calibrate",
-        ("top", "quantile", "random_positive", "silent", "same_token", "co_occurring", "decoder_near"),
-        "Calibration windows",
-        True,
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +39,15 @@ def selected(explanations: Sequence[Explanation]) -> Explanation | None:
     return next((e for e in chosen if e.text), chosen[0] if chosen else None)
 
 
+def headline_text(latent: LatentData) -> str:
+    """What tables call a latent: the text of its chosen explanation; "" for none."""
+    chosen = selected(latent.explanations)
+    return visible(chosen.text or ("n-gram pattern" if chosen.pattern else "")) if chosen else ""
+
+
 def weak_checks(checks: Iterable[JudgeCheck]) -> dict[tuple[str, str], str]:
     """(judge, scorer) -> why that judge is not believed."""
     return {(c.judge, c.scorer): weak_reason(c.auc, c.wrong_auc) for c in checks if c.weak}
-
-
-def failure_text(failure: Failure | None) -> str:
-    """``code (detail)``, "" for None."""
-    if failure is None:
-        return ""
-    return visible(failure.code + (f" ({failure.detail})" if failure.detail else ""))
 
 
 def score_cell(score: LatentScore) -> Cell:
@@ -223,73 +208,45 @@ def _score_rows(
     return rows
 
 
-# -- windows ----------------------------------------------------------------------------------------------------------
-def _verdict(item: ScoreItem) -> dict[str, str]:
-    value = f" {number(plain(item.value), 2)}" if item.value is not None else ""
-    if item.failure is not None or (item.verdict is None and item.value is None):
-        code = failure_text(item.failure) or "no answer"
-        return {
-            "state": "failed",
-            "text": f"⚠ {item.scorer}: {code}",
-            "hint": "the judge gave no answer; counted as failed, not as no",
-        }
-    if item.verdict is None:  # a judge of strengths, not of yes and no
-        return {"state": "neutral", "text": f"{item.scorer}{value}", "hint": ""}
-    right = item.verdict == item.positive
-    said, truth = ("active" if item.verdict else "silent"), ("active" if item.positive else "silent")
-    return {
-        "state": "right" if right else "wrong",
-        "text": f"{'✓' if right else '✗'} {item.scorer}{value}",
-        "hint": "" if right else f"says {said}; it is {truth}",
-    }
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
-def _window(
-    e: Exemplar, tokens: Sequence[str], max_act: float, items: Sequence[ScoreItem], simulation: Simulation | None
-) -> dict[str, Any]:
-    values = simulation.values if simulation is not None and simulation.failure is None else None
-    verdicts = [_verdict(i) for i in sorted(items, key=lambda i: i.scorer)]
-    kind = e.kind.replace("_", " ") + (f" {e.group + 1}" if e.group >= 0 else "")
-    peak = max(e.acts, default=0.0)
-    return {
-        "kind": kind,
-        "positive": e.positive,
-        "peak_value": number(peak, 2) if peak > 0 else "",
-        "source": visible(e.source),
-        "verdicts": verdicts,
-        "wrong": any(v["state"] in ("wrong", "failed") for v in verdicts),
-        "segments": segments(tokens, e.acts, max_act, simulated=values, peak=e.peak),
-        "spark": charts.true_and_simulated(e.acts, values, max_act) if values else "",
-        "simulation_failure": failure_text(simulation.failure) if simulation is not None else "",
-    }
+def _cell_list(cell: Cell) -> list[Any]:
+    """[value, low, high], or [reason] for a gap."""
+    return [cell.reason] if cell.value is None else [_short(cell.value), _short(cell.ci_low), _short(cell.ci_high)]
 
 
-def _groups(
-    latent: LatentData, tokens: TokenReader, chosen: Explanation | None, max_act: float
-) -> list[dict[str, Any]]:
-    wanted = chosen.explanation_id if chosen is not None else ""
-    items: dict[str, list[ScoreItem]] = {}
-    for item in latent.items:
-        if item.explanation_id == wanted:
-            items.setdefault(item.exemplar_id, []).append(item)
-    simulations = {s.exemplar_id: s for s in latent.simulations if s.explanation_id == wanted}
-    groups = []
-    for split, kinds, title, fold in KIND_TITLES:
-        found = [e for e in latent.exemplars if e.split == split and e.kind in kinds]
-        found.sort(key=lambda e: (kinds.index(e.kind), -max(e.acts, default=0.0), e.exemplar_id))
-        windows = [
-            _window(
-                e,
-                tokens.window(e.token_ids),
-                max_act,
-                items.get(e.exemplar_id, ()),
-                simulations.get(e.exemplar_id),
-            )
-            for e in found
+def _more_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows of latent.js: chosen?, explainer, scorer, metric, value, floor, gain, n, failed, judge, AUC, weak."""
+    return [
+        [
+            int(r["selected"]),
+            *(r[name] for name in ("explainer", "scorer", "metric")),
+            _cell_list(r["cell"]),
+            _cell_list(r["floor"]) if r["floor"] is not None else None,
+            _short(r["gain"]),
+            f"{r['n_pos']} + {r['n_neg']}",
+            *(r["cell"].n_failed, r["judge"], r["check"], r["weak"]),
         ]
-        if windows:
-            groups.append({"title": title, "fold": fold, "windows": windows})
-    return groups
+        for r in rows
+    ]
+
+
+def _group_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Scores by group as latent.js draws them: explainer, scorer, metric, group, value, n."""
+
+    return [
+        [
+            r["explainer"],
+            r["scorer"],
+            r["metric"],
+            r["group"],
+            _cell_list(r["cell"]),
+            f"{r['n_pos']} + {r['n_neg']}",
+        ]
+        for r in rows
+    ]
 
 
 def _charts(latent: LatentData) -> list[dict[str, Any]]:
@@ -313,8 +270,8 @@ def _charts(latent: LatentData) -> list[dict[str, Any]]:
     ]
 
 
-def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
-    """What latent.html.j2 needs, but for links to neighbours and to the SAE."""
+def latent_context(latent: LatentData, sae: SaeData, pages: Mapping[int, str]) -> dict[str, Any]:
+    """What latent.html.j2 needs, but for the links before, behind and above. ``pages``: explanation by latent."""
     stats, chosen = latent.stats, selected(latent.explanations)
     shown = [max(e.acts, default=0.0) for e in latent.exemplars]
     max_act = max([float(stats.get("max_act") or 0.0), *(shown or [0.0])])
@@ -329,32 +286,36 @@ def latent_context(latent: LatentData, sae: SaeData) -> dict[str, Any]:
         ("skew", number(plain(stats.get("skew")), 1)),
         ("kurtosis", number(plain(stats.get("kurtosis")), 1)),
     ]
-    groups = _groups(latent, sae.tokens, chosen, max_act)
+    groups = window_groups(latent, sae.tokens, chosen)
     windows = [w for g in groups for w in g["windows"]]
+    by_group = [r for r in _score_rows(latent, chosen, sae.checks, grouped=True) if r["selected"]]
     simulators = sorted({s.simulator for s in latent.simulations})
     lists = [
         ("Tokens with the largest mean activation", [sae.tokens.piece(i) for i in latent.top_ids]),
-        ("Promoted next tokens", latent.promoted),
-        ("Suppressed next tokens", latent.suppressed),
+        ("Promoted next tokens (logit lens)", latent.promoted),
+        ("Suppressed next tokens (logit lens)", latent.suppressed),
     ]
     ordered = sorted(
         latent.explanations, key=lambda e: (e is not chosen, e.failure is not None, e.explainer, e.candidate)
     )
     scores = _score_rows(latent, chosen, sae.checks, grouped=False)
+    more = [r for r in scores if r["metric"] not in SHOWN_METRICS]
     return {
         "latent": latent.latent,
         "failures": [failure_text(f) for f in latent.failures],
         "facts": facts,
         "explanations": [_explanation(e, chosen, sae.tokens) for e in ordered],
         "score_rows": [r for r in scores if r["metric"] in SHOWN_METRICS],
-        "more_rows": [r for r in scores if r["metric"] not in SHOWN_METRICS],
-        "group_rows": [r for r in _score_rows(latent, chosen, sae.checks, grouped=True) if r["selected"]],
-        "window_groups": groups,
-        "has_wrong": any(w["wrong"] for w in windows),
-        "has_sim": any(w["spark"] for w in windows),
+        "n_more": len(more),
+        "n_windows": len(windows),
+        "n_by_group": len(by_group),
+        "drawn": {"max": max_act, "groups": groups, "by_group": _group_table(by_group), "more": _more_table(more)},
+        "has_wrong": any(v[0] in "✗⚠" for w in windows for v in w.get("v", ())),
+        "has_sim": any("m" in w for w in windows),
         "max_text": number(max_act, 2),
         "simulator": visible(", ".join(simulators)),
         "verdict_of": visible(chosen.explainer) + "’s explanation" if chosen is not None and latent.items else "",
         "charts": _charts(latent),
+        "neighbours": neighbours(latent, pages),
         "token_lists": [(t, [visible(x) for x in tokens]) for t, tokens in lists if tokens],
     }

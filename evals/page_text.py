@@ -1,6 +1,7 @@
-"""Token text made safe to look at, and windows cut into shaded segments. Torch-free.
+"""Token text made safe to look at, windows and tables as data for the scripts. Torch-free.
 
-Everything that leaves this module is plain text: the templates escape it. W tokens per window.
+Everything that leaves this module is plain text, which the templates escape, or JSON
+that holds no markup. W tokens per window.
 """
 
 import json
@@ -8,14 +9,13 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import Markup
 
 from sae.manifest import sha256_text
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
-LEVELS = 20
-"""Shades; tokens of one shade in a row of silent ones are merged, which keeps a page light."""
 _NAMED = {
     "\n": "⏎",
     "\r": "␍",
@@ -62,65 +62,38 @@ def visible(text: str) -> str:
     return "".join(out)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A token, or several silent ones in a row."""
+def window_tokens(
+    tokens: Sequence[str], acts: Sequence[float], *, merge: bool = True, peak: int = -1
+) -> list[str | list[Any]]:
+    """One window [W] as latent.js draws it: a silent token is its text, an active one ``[text, activation, is peak]``.
 
-    text: str
-    shade: float = 0.0
-    """Activation over the latent's maximum, 0 to 1, in LEVELS steps."""
-    value: str = ""
-    """Activation in the LM's units; "" for silent tokens."""
-    simulated: float | None = None
-    """Simulated activation, 0 to 1."""
-    peak: bool = False
-
-    @property
-    def plain(self) -> bool:
-        """Nothing to draw."""
-        return self.shade == 0 and not self.simulated
-
-
-def _step(share: float) -> float:
-    """Rounded up to a level, so that the weakest activation still shows."""
-    if not math.isfinite(share) or share <= 0:
-        return 0.0
-    return min(1.0, math.ceil(share * LEVELS) / LEVELS)
-
-
-def _guess(share: float, active: bool) -> float:
-    """Simulated share of the top: two digits under an active token, steps of a tenth elsewhere."""
-    return round(min(1.0, max(0.0, float(share))), 2 if active else 1)
-
-
-def segments(
-    tokens: Sequence[str],
-    acts: Sequence[float],
-    max_act: float,
-    *,
-    simulated: Sequence[float] | None = None,
-    peak: int = -1,
-) -> list[Segment]:
-    """One window as segments. ``simulated``: W values on any scale >= 0, shown over their own top or 1."""
-    top = max([*simulated, 1e-12]) if simulated else 1.0
-    top = top if top > 1.0 else 1.0
-    out: list[Segment] = []
+    Activations have three significant digits; NaN and values <= 0 are silence. ``merge`` joins silent neighbours, which
+    keeps a page light; simulated windows are not merged, since their values count tokens.
+    """
+    out: list[str | list[Any]] = []
     for i, token in enumerate(tokens):
         act = float(acts[i]) if i < len(acts) else 0.0
-        shade = _step(act / max_act) if max_act > 0 else 0.0
-        guess = _guess(simulated[i] / top, shade > 0) if simulated and i < len(simulated) else None
-        piece = Segment(
-            text=visible(token),
-            shade=shade,
-            value=f"{act:.3g}" if shade else "",
-            simulated=guess,
-            peak=i == peak and shade > 0,
-        )
-        if out and not piece.shade and not out[-1].shade and piece.simulated == out[-1].simulated:
-            out[-1] = Segment(text=out[-1].text + piece.text, simulated=piece.simulated)
+        if math.isfinite(act) and act > 0:
+            out.append([visible(token), float(f"{act:.3g}"), int(i == peak)])
+        elif merge and out and isinstance(out[-1], str):
+            out[-1] += visible(token)
         else:
-            out.append(piece)
+            out.append(visible(token))
     return out
+
+
+def simulated_percent(values: Sequence[float]) -> list[int]:
+    """Simulated activations [W], on any scale >= 0, in per cent of their own top or of 1, whichever is larger."""
+    top = max([1.0, *map(float, values)])
+    return [round(100 * min(1.0, max(0.0, float(v)) / top)) for v in values]
+
+
+def data_block(value: Any) -> Markup:
+    """A value as JSON for a ``<script type="application/json">``: nothing in it can end the element or be markup."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)  # noqa: S704
 
 
 def number(value: float | None, digits: int = 3) -> str:

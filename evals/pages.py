@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from evals import charts
 from evals.board import Board, BoardSubject, Column, build_board, newest
 from evals.gains import Cell
-from evals.latent_page import latent_context
+from evals.latent_page import headline_text, latent_context
 from evals.matched import matched_l0, pareto
 from evals.page_data import RunInfo, SaeData, load_site_data, run_info
-from evals.page_text import config_text, number, percent, slug, sort_key, visible
+from evals.page_text import config_text, data_block, number, percent, slug, sort_key, visible
 from evals.results import draws_below
 from evals.sae_page import sae_context
 from sae.console import progress
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SITE = Path(__file__).with_name("site")
-STATIC = ("style.css", "site.js")
+STATIC = ("style.css", "site.js", "latent.js")
 PLOTTED = ("fvu", "delta_ce")
 
 
@@ -45,6 +45,7 @@ def environment() -> "jinja2.Environment":
     env.filters["num"] = number
     env.filters["pct"] = percent
     env.filters["key"] = sort_key
+    env.filters["data"] = data_block
     return env
 
 
@@ -96,6 +97,7 @@ def _write_all(folder: Path, board: Board, rows: "pd.DataFrame", info: RunInfo, 
             place = slug(subject.sae_id)
             write(f"sae/{place}.html", "sae.html.j2", **sae_context(subject, board, rows, sae))
             bar.advance()
+            texts = {x.latent: headline_text(x) for x in sae.latents}
             for i, latent in enumerate(sae.latents):
                 beside = {
                     "previous": f"{sae.latents[i - 1].latent}.html" if i else "",
@@ -103,7 +105,8 @@ def _write_all(folder: Path, board: Board, rows: "pd.DataFrame", info: RunInfo, 
                     "subject_short": subject.short,
                     "sae_href": f"sae/{place}.html",
                 }
-                write(f"latent/{place}/{latent.latent}.html", "latent.html.j2", **latent_context(latent, sae), **beside)
+                context = latent_context(latent, sae, texts) | beside
+                write(f"latent/{place}/{latent.latent}.html", "latent.html.j2", **context)
                 bar.advance()
 
 

@@ -1,5 +1,108 @@
-// Sorting, filtering and switches. Works from file://, asks nothing of any network, inserts no markup.
+// Sorting, filtering, switches and what the other scripts share. Works from file://, asks nothing of any network, inserts no markup.
 "use strict";
+
+// -- making nodes: attributes and text only, never markup --------------------------------------------------------------
+window.saescope = (function () {
+  function fill(node, attributes, children) {
+    for (const [name, value] of Object.entries(attributes || {})) {
+      if (value !== undefined && value !== null && value !== "") node.setAttribute(name, value);
+    }
+    for (const child of children) if (child !== null && child !== undefined && child !== "") node.append(child);
+    return node;
+  }
+  const SVG = ["http:", "", "www.w3.org", "2000", "svg"].join("/"); // a name, never asked for
+  const el = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
+  const svg = (name, attributes, ...children) =>
+    fill(document.createElementNS(SVG, name), attributes, children);
+
+  function data(id) {
+    const block = document.getElementById(id);
+    return block && JSON.parse(block.textContent);
+  }
+
+  // As the tables written beforehand show numbers: fixed digits, two significant ones where only zeros would show.
+  function digits(value, n = 3) {
+    const text = value !== 0 && Math.abs(value) < 0.5 * 10 ** -n ? value.toExponential(1) : value.toFixed(n);
+    return text.replace(/^-/, "\u2212");
+  }
+
+  // {value, low, high, reason, n} as the macro `ci` writes it.
+  function interval(cell, n = 3) {
+    if (cell.value === null || cell.value === undefined) {
+      return [el("span", { class: "gap", tabindex: 0, title: cell.reason, "aria-label": `no value: ${cell.reason}` }, "–")];
+    }
+    const known = cell.low !== null && cell.low !== undefined && cell.high !== null && cell.high !== undefined;
+    return [el("span", { class: "val" }, digits(cell.value, n)),
+      known ? el("span", { class: "ci" }, ` [${digits(cell.low, n)}, ${digits(cell.high, n)}]`) : null];
+  }
+
+  // A gap stays last in both directions: it is no rank.
+  function compare(a, b, kind, sign) {
+    if (a === "" || b === "") return (a === "") - (b === "");
+    return sign * (kind === "number" ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true }));
+  }
+
+  // Buttons in the head sort the bodies that are not fixed. `tell(title, direction)` hears of every sort.
+  function sortable(table, tell) {
+    const heads = [...table.tHead.rows[0].cells];
+    const sort = (column, next) => {
+      const head = heads[column], button = head.querySelector("button.sort"), sign = next === "ascending" ? 1 : -1;
+      for (const other of heads) if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
+      head.setAttribute("aria-sort", next);
+      const value = (row) => (row.cells[column] && (row.cells[column].dataset.v ?? row.cells[column].textContent.trim())) || "";
+      for (const body of table.tBodies) {
+        if (body.hasAttribute("data-fixed")) continue;
+        const rows = [...body.rows].map((row, i) => ({ row, i, v: value(row) }));
+        rows.sort((x, y) => compare(x.v, y.v, button.dataset.kind, sign) || x.i - y.i);
+        for (const { row } of rows) body.append(row);
+      }
+    };
+    heads.forEach((head, column) => {
+      const button = head.querySelector("button.sort");
+      if (button) button.addEventListener("click", () => {
+        const now = head.getAttribute("aria-sort");
+        const next = now === "none" ? button.dataset.first : now === "ascending" ? "descending" : "ascending";
+        sort(column, next);
+        if (tell) tell(column, next);
+      });
+    });
+    return sort;
+  }
+
+  // Rows of texts, of {value, low, high} and of {node}. A head "#Name" sorts by number, "" does not sort.
+  function table(label, heads, rows) {
+    const head = (name) => name ? el("th", { scope: "col", "aria-sort": "none" }, el("button", { type: "button", class: "sort",
+      "data-kind": name[0] === "#" ? "number" : "text", "data-first": "ascending" }, name.replace(/^#/, ""))) : el("td");
+    const cells = (row) => row.map((cell) => {
+      if (cell === null || typeof cell !== "object") return el("td", {}, String(cell));
+      if ("node" in cell) return el("td", {}, cell.node);
+      const made = el("td", { class: "n" }, ...interval(cell));
+      made.dataset.v = cell.value === null || cell.value === undefined ? "" : String(cell.value);
+      return made;
+    });
+    const made = el("table", {}, el("thead", {}, el("tr", {}, ...heads.map(head))),
+      el("tbody", {}, ...rows.map((row) => el("tr", {}, ...cells(row)))));
+    sortable(made);
+    return el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": label }, made);
+  }
+
+  // Long folds are drawn when somebody looks.
+  function onFirstOpen(details, draw) {
+    details.addEventListener("toggle", draw, { once: true });
+  }
+
+  // The state of a page in its address, so that a link shows the same again: #sort=fvu&q=topk
+  function state() { return new URLSearchParams(location.hash.slice(1)); }
+  function remember(changes) {
+    const next = state();
+    for (const [name, value] of Object.entries(changes)) {
+      if (value === null || value === "") next.delete(name); else next.set(name, value);
+    }
+    const hash = next.toString();
+    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  }
+  return { el, svg, data, digits, interval, compare, sortable, table, onFirstOpen, state, remember };
+})();
 
 (function () {
   const root = document.documentElement;
@@ -15,33 +118,7 @@
     remember.set(root.dataset.theme);
   });
 
-  // A gap stays last in both directions: it is no rank.
-  function compare(a, b, kind, sign) {
-    if (a === "" || b === "") return (a === "") - (b === "");
-    return sign * (kind === "number" ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true }));
-  }
-
-  for (const table of document.querySelectorAll("table.sortable")) {
-    const heads = [...table.tHead.rows[0].cells];
-    heads.forEach((head, column) => {
-      const button = head.querySelector("button.sort");
-      if (!button) return;
-      button.addEventListener("click", () => {
-        const now = head.getAttribute("aria-sort");
-        const next = now === "none" ? button.dataset.first : now === "ascending" ? "descending" : "ascending";
-        for (const other of heads) if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
-        head.setAttribute("aria-sort", next);
-        const sign = next === "ascending" ? 1 : -1;
-        for (const body of table.tBodies) {
-          if (body.hasAttribute("data-fixed")) continue;
-          const value = (row) => (row.cells[column] && (row.cells[column].dataset.v ?? row.cells[column].textContent.trim())) || "";
-          const rows = [...body.rows].map((row, i) => ({ row, i, v: value(row) }));
-          rows.sort((x, y) => compare(x.v, y.v, button.dataset.kind, sign) || x.i - y.i);
-          for (const { row } of rows) body.append(row);
-        }
-      });
-    });
-  }
+  for (const table of document.querySelectorAll("table.sortable:not([data-own])")) window.saescope.sortable(table);
 
   for (const input of document.querySelectorAll("input[data-filter]")) {
     const table = document.getElementById(input.dataset.filter);

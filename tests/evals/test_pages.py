@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from autointerp.tables import write_jsonl, write_parquet
 from evals import charts, pages
 from evals.board import build_board
 from evals.page_data import LatentData, SaeData, artefacts, load_site_data
-from evals.page_text import LEVELS, segments, slug, visible
+from evals.page_text import data_block, simulated_percent, slug, visible, window_tokens
 from evals.page_tokens import TokenReader, read_tokenizer
 from evals.results import load_results
 from sae.manifest import Writer, writing
@@ -47,6 +48,8 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.stack: list[str] = []
+        self.blocks: dict[str, str] = {}
+        self.block = ""
         self.text: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(text)
@@ -57,6 +60,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.stack.append(tag)
+        self.block = str(dict(attrs)["id"]) if tag == "script" and "id" in dict(attrs) else ""
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -65,11 +69,18 @@ class Page(HTMLParser):
         assert self.stack and self.stack.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        if self.stack and self.stack[-1] == "script":
+            self.blocks[self.block] = self.blocks.get(self.block, "") + data
+        else:
+            self.text.append(data)
 
     @property
     def words(self) -> str:
         return "".join(self.text)
+
+    def data(self, name: str) -> Any:
+        """The data block of this id, as a script reads it."""
+        return json.loads(self.blocks[name])
 
     def named(self, tag: str) -> Iterator[dict[str, str | None]]:
         return (attrs for name, attrs in self.tags if name == tag)
@@ -97,7 +108,8 @@ def test_all_pages_are_there_well_formed_and_linked(site: Path) -> None:
         for tag, name in (("a", "href"), ("link", "href"), ("script", "src")):
             for attrs in page.named(tag):
                 target = str(attrs.get(name, ""))
-                if target.startswith(("#", "data:")) or "leaderboard." in target:
+                target = target.partition("#")[0]
+                if not target or target.startswith("data:") or "leaderboard." in target:
                     continue
                 assert (path.parent / target).resolve().is_file(), f"{path}: {target}"
 
@@ -107,7 +119,8 @@ def test_no_request_leaves_the_page(site: Path) -> None:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"https?://|@import|fetch\(|XMLHttpRequest|innerHTML|document\.write|\beval\(", text), path
     for path, page in every_page(site):
-        assert all("src" in attrs for attrs in page.named("script")), path
+        for attrs in page.named("script"):  # a script of this folder, or data that nothing runs
+            assert "src" in attrs or attrs.get("type") == "application/json", path
         assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")], path
 
 
@@ -155,23 +168,26 @@ def test_latent_page_shows_everything_with_failures_as_failures(site: Path) -> N
         "[0.710, 0.930]",
         "0.520",
         "6 + 8",
-        "✓ embedding",
-        "✗ embedding",
-        "⚠ embedding: timeout",
-        "Simulation failed: low_mass",
         "judge",
         "ruling",
-        "hard negatives",
         "court",
     ):
         assert text in page.words, text
-    chips = {str(a.get("class")) for a in page.named("span") if str(a.get("class")).startswith("verdict")}
-    assert chips == {"verdict right", "verdict wrong", "verdict failed", "verdict neutral"}
-    assert "simulation 0.35" in page.words and "simulation: no" not in page.words
-    shaded = [a for a in page.named("span") if str(a.get("class", "")).startswith("t") and a.get("data-v")]
-    assert any(a["data-v"] == "3.7" and a["style"] == "--a:1.0" for a in shaded)
-    assert any("--s:0.8" in str(a["style"]) and "simulated 0.8" in str(a["title"]) for a in shaded)
-    assert any(a.get("class") == "spark" for a in page.named("svg")) and path.stat().st_size < 60_000
+    drawn = page.data("drawn")
+    windows = {g["title"]: g["windows"] for g in drawn["groups"]}
+    assert "Scored, silent but close (hard negatives)" in windows and len(windows["Scored, active"]) == 6
+    every = [w for group in windows.values() for w in group]
+    assert sum(len(group) for group in windows.values()) == 4 + 3 + 3 + 6 + 8
+    verdicts = {v for w in every for v in w.get("v", ())}
+    assert {v[0] for v in verdicts} == {"✓", "✗", "⚠", "s"}
+    assert "⚠ embedding: timeout" in verdicts and "simulation 0.35" in verdicts
+    assert [w["f"] for w in every if "f" in w] == ["low_mass"]
+    assert drawn["max"] == 3.7 and [" court", 3.7, 1] in [piece for w in every for piece in w["t"]]
+    simulated = [w for w in every if "m" in w]
+    assert len(simulated) == 7 and all(len(w["m"]) == len(w["t"]) == 32 for w in simulated)
+    assert {v for w in simulated for v in w["m"]} == {8, 35, 80}
+    assert drawn["by_group"] == [["token_list", "embedding", "recall", "decile=1", [0.5, 0.1, 0.9], "6 + 8"]]
+    assert path.stat().st_size < 60_000
     titles = [str(a.get("title")) for a in page.named("li")]
     assert any("from 5 exemplar(s)" in t for t in titles)
 
@@ -211,9 +227,12 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     site = build(tmp_path / "nasty", data)
     for path, page in every_page(site):
         text = path.read_text(encoding="utf-8")  # strict: half an emoji would not have been writable
-        assert {tag for tag, _ in page.tags} <= clean and len(list(page.named("script"))) == 1, path
+        assert {tag for tag, _ in page.tags} <= clean, path
+        assert all(attrs.get("src") or attrs.get("id") in page.blocks for attrs in page.named("script")), path
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), path
     page = Page((site / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
+    window = page.data("drawn")["groups"][0]["windows"][0]
+    drawn = "".join(piece if isinstance(piece, str) else piece[0] for piece in window["t"])
     for text in (
         NASTY["markup"],
         NASTY["attribute"],
@@ -226,8 +245,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         "abc⟨RLO⟩def⟨LRI⟩x⟨PDI⟩",
         "\ufffd",
     ):
-        assert text in page.words, text
-    assert all(a.get("dir") == "auto" for a in page.named("p") if a.get("class") == "text")
+        assert text in page.words and text in drawn, text
 
 
 def test_rebuilt_whole_and_with_the_same_bytes(tmp_path: Path) -> None:
@@ -261,15 +279,24 @@ def test_names_that_are_no_file_names_cannot_leave_the_site() -> None:
     assert slug("a/b") != slug("a b")
 
 
-def test_segments_shade_in_steps_and_merge_only_silence() -> None:
-    found = segments(["a", "b", "c", "d"], [0.0, 0.0, 4.0, 0.001], 4.0, peak=2)
-    assert [s.text for s in found] == ["ab", "c", "d"]
-    assert found[0].plain and found[1].shade == 1.0 and found[1].peak and found[2].shade == 1 / LEVELS
-    simulated = segments(["a", "b"], [0.0, 0.0], 4.0, simulated=[0.2, 0.0])
-    assert [s.simulated for s in simulated] == [0.2, 0.0] and not simulated[0].plain
-    assert segments([], [], 1.0) == [] and segments(["a"], [float("nan")], 1.0)[0].plain
-    assert segments(["a"], [1.0], 0.0)[0].plain  # a dead latent has no scale
-    assert segments(["a"], [1.0], 1.0, simulated=[4.0])[0].simulated == 1.0  # activation units over their own top
+def test_windows_merge_only_silence() -> None:
+    assert window_tokens(["a", "b", "c", "d"], [0.0, 0.0, 4.0, 0.00123456], peak=2) == [
+        "ab",
+        ["c", 4.0, 1],
+        ["d", 0.00123, 0],
+    ]
+    assert window_tokens(["a", "b"], [0.0, 0.0], merge=False) == ["a", "b"]
+    assert window_tokens([], []) == [] and window_tokens(["a", "b"], [float("nan")]) == ["ab"]
+    assert simulated_percent([0.2, 0.0, 1.0]) == [20, 0, 100]
+    assert simulated_percent([4.0, 1.0, -1.0]) == [100, 25, 0]  # activation units over their own top
+
+
+@pytest.mark.parametrize("text", [*NASTY.values(), "<!--<script>", "]]>"])
+def test_a_data_block_holds_no_markup_and_reads_back(text: str) -> None:
+    block = str(data_block({"text": visible(text)}))
+    assert not re.search(r"[<>&]", block) and json.loads(block) == {"text": visible(text)}
+    with pytest.raises(ValueError):
+        data_block(float("nan"))
 
 
 @pytest.mark.parametrize("text", [*NASTY.values(), "", " plain ", "日本語"])
@@ -286,7 +313,6 @@ def test_charts_handle_edges() -> None:
     assert charts.lines([("a", [1, 2], [float("nan"), 1.0])], "x", "t") == ""
     wide = charts.scatter([point, charts.Point(label="b", series=-1, x=100.0, y=3.0)], "x", "y", "t")
     assert "x (log)" in wide and "y (log)" not in wide
-    assert "nan" not in charts.true_and_simulated([0.0, 1.0], [0.5, 0.0], 1.0)
 
 
 def test_newest_artefact_last_and_incomplete_ones_ignored(tmp_path: Path) -> None:
