@@ -1,0 +1,43 @@
+"""The door ``python -m evals.compare A B``: a table, a plot, a verdict per metric. Torch-free."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae.errors import ArtefactError, ConfigError, SaescopeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Door of ``python -m evals.compare``. 0: compared, whatever the verdict; 2: a usage error; 1: any other."""
+    parser = argparse.ArgumentParser(
+        "python -m evals.compare", description="Is B better than A, at what, and is it real? Differences are B - A."
+    )
+    text = "sae_id, part of one (topk-f4608-k32), or glob; several seeds of one recipe are taken together"
+    parser.add_argument("a", metavar="A", help=text)
+    parser.add_argument("b", metavar="B", help="the same")
+    parser.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
+    parser.add_argument("--out", type=Path, help="folder of table and plot (default: ROOT/compare)")
+    parser.add_argument("--all", action="store_true", help="every metric with a better side, not the headline alone")
+    options = parser.parse_args(arguments)
+    from evals.compare_page import print_comparison, write_comparison
+    from evals.comparison import compare
+    from sae import console
+
+    console.setup()
+    try:
+        found = compare(options.root, options.a, options.b, everything=options.all)
+        paths = write_comparison(found, options.out or options.root / "compare")
+        print_comparison(found)
+        for path in paths:
+            console.say(str(path))
+    except SaescopeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (ConfigError, ArtefactError)) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""A comparison as table and plot: terminal, Markdown, JSON, and one SVG file. Torch-free."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from markupsafe import escape
+
+from evals.comparison import Comparison, Line
+from evals.page_text import number
+from sae import console
+from sae.manifest import canonical_json
+
+HEADER = ("metric", "A", "B", "B − A", "p (Holm)", "units", "verdict", "scope")
+LEFT, RIGHT, ROW, WIDTH = 150, 250, 24, 760
+LIMIT = 8.0
+"""Standard errors at which the axis of the plot ends; what lies beyond is drawn at its end."""
+STYLE = (
+    "text{font:12px sans-serif;fill:#222}.rail{stroke:#ccc}.zero{stroke:#555;stroke-dasharray:3 3}"
+    ".ci{stroke:#555;stroke-width:2}.dot{fill:#888}.win{fill:#1565c0}.lose{fill:#c62828}"
+)
+
+
+def value_text(value: float | None) -> str:
+    return "–" if value is None else number(value, 3)
+
+
+def _with_sd(value: float | None, sd: float | None) -> str:
+    return value_text(value) + ("" if sd is None else f" ± {value_text(sd)}")
+
+
+def delta_text(line: Line) -> str:
+    """``-0.054 [-0.060, -0.048]``."""
+    if line.delta is None:
+        return "–"
+    if line.ci_low is None:
+        return value_text(line.delta)
+    return f"{value_text(line.delta)} [{value_text(line.ci_low)}, {value_text(line.ci_high)}]"
+
+
+def _p_text(line: Line) -> str:
+    return "" if line.p_holm is None else f"{line.p_holm:.3f}" if line.p_holm >= 0.001 else "< 0.001"
+
+
+def table_rows(found: Comparison) -> list[list[str]]:
+    """Cells of the table, in the order of HEADER."""
+    arrow = {"higher": " ↑", "lower": " ↓"}
+    return [
+        [
+            line.title + arrow.get(line.better, ""), _with_sd(line.a, line.sd_a), _with_sd(line.b, line.sd_b),
+            delta_text(line), _p_text(line), f"{line.n} {line.method}".strip() if line.n else "", line.verdict,
+            line.scope,
+        ]
+        for line in found.lines
+    ]  # fmt: skip
+
+
+def summary(found: Comparison) -> str:
+    """One sentence: at what B is better, at what A is, how many show no difference."""
+    parts = []
+    for side in ("B", "A"):
+        titles = [x.title + (f" ({x.scope})" if x.scope else "") for x in found.lines if x.verdict == f"{side} better"]
+        if titles:
+            parts.append(f"{side} is better at {', '.join(titles)}")
+    unclear = sum(line.verdict == "no difference shown" for line in found.lines)
+    if unclear:
+        parts.append(f"no difference is shown at {unclear} metric{'s' * (unclear > 1)}")
+    return ("; ".join(parts) or "nothing could be compared") + "."
+
+
+def print_comparison(found: Comparison) -> None:
+    """Table, summary and notes in the terminal."""
+    console.say(f"A = {', '.join(found.a.sae_ids)}")
+    console.say(f"B = {', '.join(found.b.sae_ids)}")
+    console.table("B against A", HEADER, table_rows(found), right=(1, 2, 3, 4))
+    console.say(summary(found))
+    for note in found.notes:
+        console.say(note)
+
+
+def markdown(found: Comparison) -> str:
+    """The same as Markdown, with how the numbers are made."""
+
+    def cells(row: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |"
+
+    lines = ["# Comparison", "", f"- A: {', '.join(found.a.sae_ids)}", f"- B: {', '.join(found.b.sae_ids)}", ""]
+    lines += [summary(found), "", cells(HEADER), cells(["---"] * len(HEADER)), *map(cells, table_rows(found)), ""]
+    lines += [f"- {note}" for note in found.notes]
+    lines += [
+        "- Differences are B − A with 95 % bootstrap intervals; ± is the standard deviation over training seeds. "
+        "p is two-sided and Holm-corrected over the metrics of this table that have a better side.",
+        "- Paired: both were measured on the same units, resampled with the same weights. Latents of different SAEs "
+        "do not pair.",
+        "- Scope: `one training seed` holds for these SAEs alone; `real` means the difference also exceeds the spread "
+        "of training seeds (Welch's test, and seeds resampled in the interval).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def forest(found: Comparison) -> str:
+    """SVG: per metric B − A in standard errors of the difference, signed so that right is better for B."""
+    drawn = [x for x in found.lines if x.stderr and x.ci_low is not None and x.better in ("higher", "lower")]
+    height, middle = ROW * (len(drawn) + 2), (LEFT + WIDTH - RIGHT) / 2
+    scale = (WIDTH - RIGHT - LEFT) / (2 * LIMIT)
+
+    def x(v: float) -> float:
+        return middle + scale * max(-LIMIT, min(LIMIT, v))
+
+    body = [f'<rect width="{WIDTH}" height="{height}" fill="#fff"/><style>{STYLE}</style>']
+    body.append(f'<line class="zero" x1="{middle:g}" x2="{middle:g}" y1="{ROW}" y2="{height - ROW:g}"/>')
+    body.append(f'<text x="{LEFT}" y="16">← A better</text>')
+    body.append(f'<text x="{WIDTH - RIGHT}" y="16" text-anchor="end">B better →</text>')
+    for i, line in enumerate(drawn):
+        y = ROW * (i + 1.5)
+        sign = 1 if line.better == "higher" else -1
+        low, high, at = (sign * v / line.stderr for v in (line.ci_low, line.ci_high, line.delta))  # type: ignore[operator]
+        kind = {"B better": "win", "A better": "lose"}.get(line.verdict, "dot")
+        body.append(f'<text x="{LEFT - 8}" y="{y + 4:g}" text-anchor="end">{escape(line.title)}</text>')
+        body.append(f'<line class="rail" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:g}" y2="{y:g}"/>')
+        body.append(f'<line class="ci" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:g}" y2="{y:g}"/>')
+        body.append(f'<circle class="{kind}" cx="{x(at):.1f}" cy="{y:g}" r="4"/>')
+        body.append(f'<text x="{WIDTH - RIGHT + 10}" y="{y + 4:g}">{escape(delta_text(line))}</text>')
+    body.append(f'<text x="{middle:g}" y="{height - 6:g}" text-anchor="middle">standard errors of the difference; '
+                f"ends of the axis: {LIMIT:g} and beyond</text>")  # fmt: skip
+    title = escape(f"B against A in standard errors: {summary(found)}")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img">'
+        f"<title>{title}</title>{''.join(body)}</svg>\n"
+    )
+
+
+def write_comparison(found: Comparison, out: Path) -> list[Path]:
+    """``<A>_vs_<B>.md``, ``.json`` and ``.svg`` in ``out``; returns their paths."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = (re.sub(r"[^A-Za-z0-9._-]+", "_", cell.name).strip("_")[-80:] for cell in (found.a, found.b))
+    stem = "_vs_".join(names)
+    texts = {".md": markdown(found), ".json": canonical_json(asdict(found)) + "\n", ".svg": forest(found)}
+    paths = []
+    for ending, text in texts.items():
+        paths.append(out / (stem + ending))
+        paths[-1].write_text(text, encoding="utf-8")
+    return paths

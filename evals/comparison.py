@@ -1,0 +1,335 @@
+"""Is B better than A, at what, and is it real? The logic of ``python -m evals.compare`` (METRICS 3.2, 3.5). Torch-free.
+
+A and B name SAEs of one results folder, or cells: SAEs trained alike but for their seed. Differences are B - A, on
+the same units with the same resampling weights where the evaluation allows it. S training seeds, R resamples.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from evals.columns import ColumnSpec
+from sae.errors import ArtefactError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+    from evals.board import Column
+    from evals.compare_units import Measured
+    from evals.results import Estimate
+
+LEVEL = 0.05
+TRAINED_ALIKE = ("lm", "lm_revision", "hookpoint", "architecture", "d_in", "d_sae", "k", "train_tokens")
+SAME_PLACE = ("lm", "lm_revision", "hookpoint")
+Scope = Literal["", "one training seed", "real", "within seed noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """SAEs that are equal but for the seed of their training; often one."""
+
+    name: str
+    sae_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One metric of the comparison."""
+
+    metric: str
+    title: str
+    better: str
+    a: float | None = None
+    b: float | None = None
+    """Means over the seeds of each cell."""
+    sd_a: float | None = None
+    sd_b: float | None = None
+    """Standard deviation over training seeds; None with one."""
+    sd_eval: float | None = None
+    """Standard deviation over seeds of the evaluation, of the subject where it is largest; None with one."""
+    delta: float | None = None
+    """B - A."""
+    ci_low: float | None = None
+    ci_high: float | None = None
+    stderr: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    n: int = 0
+    """Resampling units, of the member with fewest."""
+    method: str = ""
+    verdict: str = ""
+    scope: Scope = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All lines; Holm's correction is over those that have a better side."""
+
+    a: Cell
+    b: Cell
+    lines: list[Line]
+    notes: list[str]
+
+
+def find_cell(root: Path, results: "pd.DataFrame", text: str) -> Cell:
+    """The SAEs meant by ``text``: ids, parts of ids between separators, globs, several with commas.
+
+    ConfigError if nothing fits, or if what fits differs in more than the training seed.
+    """
+    known = sorted(set(map(str, results["sae_id"])))
+    found: list[str] = []
+    for pattern in filter(None, text.split(",")):
+        hits = _matching(known, pattern)
+        if not hits:
+            raise ConfigError(f"no subject is called {pattern!r}{did_you_mean(pattern, known)}")
+        found += [h for h in hits if h not in found]
+    if not found:
+        raise ConfigError("a name is empty; give a sae_id, a part of one, or a glob")
+    identities = {i: _identity(root, results, i) for i in found}
+    first = identities[found[0]]
+    for other in found[1:]:
+        wrong = sorted(n for n in first.keys() | identities[other].keys() if first.get(n) != identities[other].get(n))
+        if wrong:
+            raise ConfigError(
+                f"{text!r} fits several subjects that differ in more than the training seed ({', '.join(wrong)}): "
+                f"{', '.join(found[:6])}; name one, or the seeds of one"
+            )
+    return Cell(name=text if len(found) > 1 else found[0], sae_ids=tuple(sorted(found)))
+
+
+def _matching(known: Sequence[str], pattern: str) -> list[str]:
+    if pattern in known:
+        return [pattern]
+    if any(c in pattern for c in "*?["):
+        return [i for i in known if fnmatch(i, pattern) or fnmatch(i, f"*.{pattern}")]
+    # "topk" must not find batchtopk, nor "k4" find k48; a beginning of a hash may be given
+    part = r"(?<![a-z0-9_])" + re.escape(pattern)
+    whole = [i for i in known if re.search(part + r"(?![a-z0-9_])", i)]
+    return whole or [i for i in known if re.search(part, i)]
+
+
+def _identity(root: Path, results: "pd.DataFrame", sae_id: str) -> dict[str, str]:
+    """What training seeds of one cell share: the configuration of the training where it lies there, and row fields."""
+    from sae.manifest import is_complete, read_manifest
+
+    row = results[results["sae_id"] == sae_id].iloc[0]
+    identity = {name: str(row[name]) for name in TRAINED_ALIKE}
+    folder = Path(root) / "saes" / sae_id
+    if is_complete(folder):
+        manifest = read_manifest(folder)
+        config = {k: v for k, v in manifest.get("config", {}).items() if k not in ("seed", "sae_id")}
+        identity |= {f"train.{k}": str(v) for k, v in config.items()}
+        identity |= {f"train.{k}": str(v) for k, v in manifest.get("inputs", {}).items()}
+    return identity
+
+
+def wanted_columns(results: "pd.DataFrame", everything: bool) -> "list[Column]":
+    """The headline columns of the board; with ``everything`` all aggregates that have a better side."""
+    from evals.board import Column, build_board
+    from sae import plugins
+
+    columns = build_board(results).columns
+    if not everything:
+        return columns
+    taken = {(c.spec.eval, c.spec.metric, c.version, c.preset, c.slice) for c in columns}
+    rows = results[results["slice"] == ""]
+    seen = sorted({(str(e), int(v), str(p)) for e, v, p in rows[["eval", "eval_version", "preset"]].to_numpy()})
+    available = set(plugins.names("evals.suite"))
+    for evaluation, version, preset in seen:
+        declared = plugins.find("evals.suite", evaluation).metrics if evaluation in available else ()
+        for m in declared:
+            if m.better == "neither" or (evaluation, m.name, version, preset, "") in taken:
+                continue
+            spec = ColumnSpec(key=f"{evaluation}.{m.name}", title=m.title, eval=evaluation, metric=m.name,
+                              better=m.better, description=m.description, unit=m.unit)  # fmt: skip
+            columns.append(Column(spec=spec, id=spec.key, version=version, preset=preset, slice="", title=m.title))
+    return columns
+
+
+def compare(root: Path, a_text: str, b_text: str, *, everything: bool = False) -> Comparison:
+    """Compare two SAEs or cells under ``root``. ArtefactError without rows; ConfigError for names that fit nothing,
+    fit too much, or lie at different places of different models."""
+    from evals.results import load_results
+
+    root = Path(root)
+    results = load_results(root)
+    if results.empty:
+        raise ArtefactError(f"{root} holds no result rows; run: python -m evals.run_all --root {root}")
+    a, b = find_cell(root, results, a_text), find_cell(root, results, b_text)
+    if set(a.sae_ids) & set(b.sae_ids):
+        raise ConfigError(f"A and B share {', '.join(sorted(set(a.sae_ids) & set(b.sae_ids)))}")
+    rows = results[results["sae_id"].isin([*a.sae_ids, *b.sae_ids])]
+    for name in SAME_PLACE:
+        values = sorted(set(map(str, rows[name])))
+        if len(values) > 1:
+            raise ConfigError(f"A and B differ in {name} ({', '.join(values)}): their numbers are of different things")
+    lines = [_line(root, rows, column, a, b) for column in wanted_columns(rows, everything)]
+    lines = judged([line for line in lines if line.verdict != "not run"], len(a.sae_ids), len(b.sae_ids))
+    return Comparison(a=a, b=b, lines=lines, notes=_notes(lines, min(len(a.sae_ids), len(b.sae_ids))))
+
+
+def _line(root: Path, rows: "pd.DataFrame", column: "Column", a: Cell, b: Cell) -> Line:
+    from evals.board import newest
+    from evals.compare_units import difference_between, read_measured
+
+    spec = column.spec
+    found = rows[(rows["eval"] == spec.eval) & (rows["metric"] == spec.metric) & (rows["slice"] == column.slice)]
+    found = found[(found["eval_version"] == column.version) & (found["preset"] == column.preset)]
+    chosen = newest(found) if len(found) else found
+    base: dict[str, Any] = {"metric": column.id, "title": column.title, "better": "neither" if column.weak
+                            else spec.better}  # fmt: skip
+    sides: list[list[Measured]] = []
+    for cell in (a, b):
+        of_cell = chosen[chosen["sae_id"].isin(cell.sae_ids)].sort_values("sae_id")
+        sides.append([read_measured(root, row) for _, row in of_cell.iterrows()])
+    missing = [c for c, side in zip((a, b), sides, strict=True) if len(side) < len(c.sae_ids)]
+    if missing:
+        who = " and ".join("A" if c is a else "B" for c in missing)
+        return Line(**base, verdict="not run" if len(missing) == 2 else f"not comparable: not run alike for {who}")
+    members = [*sides[0], *sides[1]]
+    wrong = next((w for m in members[1:] if (w := difference_between(members[0], m))), "")
+    if wrong:
+        return Line(**base, verdict=f"not comparable: {wrong}")
+    values = [[m.value for m in side if m.value is not None] for side in sides]
+    codes = sorted({m.failure for m in members if m.value is None})
+    if codes:
+        means = [sum(v) / len(v) if len(v) == len(s) else None for v, s in zip(values, sides, strict=True)]
+        return Line(**base, a=means[0], b=means[1], verdict=f"undefined: {', '.join(codes)}")
+    return _difference(base, sides, values, _eval_noise(found), weak=bool(column.weak))
+
+
+def _eval_noise(found: "pd.DataFrame") -> float | None:
+    """The largest standard deviation of one subject's value over seeds of the evaluation (METRICS 3.4)."""
+    spread = found[found["value"].notna()].groupby("sae_id")["value"].agg(["std", "count"])
+    spread = spread[spread["count"] > 1]["std"]
+    return float(spread.max()) if len(spread) else None
+
+
+def _difference(
+    base: Mapping[str, Any], sides: "Sequence[Sequence[Measured]]", values: Sequence[Sequence[float]],
+    sd_eval: float | None, *, weak: bool,
+) -> Line:
+    import numpy as np
+
+    from evals.compare_units import common_draws
+    from evals.uncertainty import summarise
+
+    members = [m for side in sides for m in side]
+    draws, method = common_draws(members, str(base["metric"]))
+    mean_a, mean_b = (float(np.mean(v)) for v in values)
+    sds = [float(np.std(v, ddof=1)) if len(v) > 1 else None for v in values]
+    n = min(m.n for m in members)
+    known: dict[str, Any] = dict(base) | {
+        "a": mean_a, "b": mean_b, "sd_a": sds[0], "sd_b": sds[1], "sd_eval": sd_eval, "delta": mean_b - mean_a,
+        "n": n, "method": method,
+    }  # fmt: skip
+    verdict = "weak judge: not ranked" if weak else ""
+    why = "" if base["better"] == "neither" else "undecided: no "
+    gap = {name: why and why + name for name in ("error estimate", "interval")}
+    if draws is None:
+        return Line(**known, verdict=verdict or gap["error estimate"])
+    cut = len(sides[0])
+    delta_R = over_seeds(draws[cut:], str(base["metric"]), "b") - over_seeds(draws[:cut], str(base["metric"]), "a")
+    estimate = summarise(mean_b - mean_a, delta_R, n)
+    if estimate.ci_low is None or estimate.ci_high is None:
+        equal = bool((delta_R == 0).all())
+        return Line(**known, verdict=verdict or ("no difference shown" if equal else gap["interval"]))
+    p = p_value(delta_R[np.isfinite(delta_R)], estimate, n)
+    return Line(**known, ci_low=estimate.ci_low, ci_high=estimate.ci_high, stderr=estimate.stderr, p=p,
+                verdict=verdict)  # fmt: skip
+
+
+def p_value(delta_R: "np.ndarray", estimate: "Estimate", n: int) -> float:
+    """Two-sided bootstrap p; where no resample changes sign, Student's tail of Δ / stderr with n - 1 degrees.
+
+    R = 1,000 resamples know no p below 0.002, which Holm's correction over 25 metrics turns into 0.05: without the tail
+    nothing could ever be shown in a long table (decision 012).
+    """
+    from scipy.stats import t
+
+    from evals.uncertainty import bootstrap_p
+
+    crosses = bool((delta_R <= 0).any() and (delta_R >= 0).any())
+    if crosses or not estimate.stderr or estimate.value is None:
+        return bootstrap_p(delta_R)
+    return float(2 * t.sf(abs(estimate.value) / estimate.stderr, max(n - 1, 1)))
+
+
+def over_seeds(draws: "Sequence[np.ndarray]", metric: str, side: str) -> "np.ndarray":
+    """[R] resampled means of a cell: units inside each draw, and seeds.
+
+    A bootstrap over S seeds shows only (S - 1) / S of their variance; the deviation from the mean is widened by
+    sqrt(S / (S - 1)) to make up for it.
+    """
+    import numpy as np
+
+    from sae.manifest import rng
+
+    stacked = np.stack(list(draws))
+    count = len(stacked)
+    if count == 1:
+        return stacked[0]
+    picks = rng("compare", metric, side, "seeds").integers(0, count, size=(count, stacked.shape[1]))
+    mean = stacked.mean(axis=0)
+    resampled = np.take_along_axis(stacked, picks, axis=0).mean(axis=0)
+    return np.asarray(mean + math.sqrt(count / (count - 1)) * (resampled - mean))
+
+
+def beyond_seed_noise(line: Line, n_a: int, n_b: int) -> bool:
+    """Welch's test over training seeds at 5 %: |Δ| > t · √(sd²_A/n_A + sd²_B/n_B).
+
+    METRICS 3.5 writes 2 for t; with two or three seeds Student's quantile is 2.8 to 12.7 (decision 012).
+    """
+    from scipy.stats import t
+
+    if line.sd_a is None or line.sd_b is None or line.delta is None:
+        return False
+    parts = [line.sd_a**2 / n_a, line.sd_b**2 / n_b]
+    total = sum(parts)
+    if total == 0:
+        return line.delta != 0
+    freedom = total**2 / (parts[0] ** 2 / (n_a - 1) + parts[1] ** 2 / (n_b - 1))
+    return abs(line.delta) > float(t.ppf(1 - LEVEL / 2, freedom)) * math.sqrt(total)
+
+
+def judged(lines: Sequence[Line], n_a: int, n_b: int) -> list[Line]:
+    """Holm-corrected p, verdicts and their scope; metrics without a better side get none. ``n_a``, ``n_b``: seeds."""
+    from evals.uncertainty import holm
+
+    adjusted = holm([line.p if line.better != "neither" else None for line in lines])
+    found = []
+    for line, p_holm in zip(lines, adjusted, strict=True):
+        if p_holm is None or line.delta is None or line.ci_low is None or line.ci_high is None:
+            found.append(line)
+            continue
+        if p_holm >= LEVEL or line.ci_low <= 0 <= line.ci_high:
+            found.append(replace(line, p_holm=p_holm, verdict="no difference shown"))
+            continue
+        scope: Scope = "one training seed"
+        if min(n_a, n_b) > 1:
+            scope = "real" if beyond_seed_noise(line, n_a, n_b) else "within seed noise"
+        winner = "B" if (line.delta > 0) == (line.better == "higher") else "A"
+        found.append(replace(line, p_holm=p_holm, verdict=f"{winner} better", scope=scope))
+    return found
+
+
+def _notes(lines: Sequence[Line], fewest_seeds: int) -> list[str]:
+    """What a reader must know beside the table."""
+    notes = []
+    if fewest_seeds == 1:
+        notes.append(
+            "One training seed on a side: a verdict holds for these two SAEs, not for their recipes. Train more seeds "
+            "(python -m sae train --grid seed=0,1,2) and name them together to learn about the recipes."
+        )
+    l0 = next((line for line in lines if line.metric.split("@")[0] == "l0" and line.delta is not None), None)
+    if l0 is not None and l0.a and l0.b and not 0.95 <= l0.b / l0.a <= 1.05:
+        notes.append(
+            f"L0 differs ({l0.a:.1f} against {l0.b:.1f}): more active latents lower FVU, ΔCE and KL by themselves; "
+            "see the section at equal L0 of the leaderboard."
+        )
+    return notes
