@@ -34,7 +34,12 @@ class Panel:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Values of 1, 2 and 5 times powers of ten in [low, high]; powers of ten alone over more than three decades."""
+    """Values of 1, 2 and 5 times powers of ten in [low, high]; powers of ten alone over more than three decades, and
+    equal round steps where the range is below a factor of five."""
+    if high / low < 5:
+        step = next(s for s in (m * 10.0 ** math.floor(math.log10(high - low) - 1) for m in (1, 2, 5, 10, 20, 50))
+                    if (high - low) / s <= 8)  # fmt: skip
+        return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1,) if math.log10(high / low) > 3 else (1, 2, 5)
     found = [factor * 10.0**d for d in decades for factor in factors]
@@ -80,8 +85,11 @@ def _panel(panel: Panel, at: int) -> str:
             out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         for x, y in zip(series.x, series.y, strict=True):
             out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.2" fill="{colour}"/>')
-        corner = f'x="{at + WIDTH - RIGHT - 6}" y="{TOP + 14 + 15 * i}"'
-        out.append(f'<text {corner} text-anchor="end" style="fill:{colour}">{escape(series.label)}</text>')
+    legend = [
+        f'<tspan style="fill:{COLOURS[i % len(COLOURS)]}" dx="10">{escape(series.label)}</tspan>'
+        for i, series in enumerate(panel.series)
+    ]
+    out.append(f'<text x="{at + WIDTH - RIGHT}" y="22" text-anchor="end">{"".join(legend)}</text>')
     return "\n".join(out)
 
 

@@ -30,6 +30,8 @@ START_SAMPLE_TOKENS = 65_536
 """Tokens that fix v0 and the starting weights."""
 DATA_SEED = 0
 """Order of the stream; a constant, or an SAE would change with the SAEs trained beside it."""
+NOTED_SAES = 3
+"""SAEs whose figures fit beside a progress bar."""
 logger = logging.getLogger(__name__)
 
 
@@ -204,13 +206,20 @@ def _loop(
                     logger.error("%s stopped: %s; the other SAEs go on", run.folder.name, run.failure)
                 elif not run.active:
                     _finish(run, store, failures)
-            bar.advance(len(x_ND), note=" | ".join(run.note for run in runs))
+            bar.advance(len(x_ND), note=_note(runs))
             _save_steps(runs, store.key, index + 1, keeper, signals, failures)
             if not any(run.active for run in runs):
                 return
     short = [run.folder.name for run in runs if run.active]
     if short:
         raise DataError(f"the store ended before {', '.join(short)} had all steps; this is a fault of its batches()")
+
+
+def _note(runs: list[Run]) -> str:
+    """Last figures of the first SAEs that are still training, and how many others there are."""
+    active = [run for run in runs if run.active] or runs
+    rest = len(active) - NOTED_SAES
+    return " | ".join(run.note for run in active[:NOTED_SAES]) + (f" | and {rest} more" if rest > 0 else "")
 
 
 def _finish(run: Run, store: Store, failures: dict[str, str]) -> None:

@@ -122,4 +122,5 @@ def test_plots() -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         scaling_plot.draw([scaling_plot.Panel("empty", "x", [])])
     assert scaling_plot.ticks(0.9, 11) == [1, 2, 5, 10]
+    assert scaling_plot.ticks(0.38, 0.61) == [0.4, 0.45, 0.5, 0.55, 0.6]
     assert scaling_plot.ticks(1, 10_000) == [1, 10, 100, 1000, 10_000]
