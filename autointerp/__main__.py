@@ -24,6 +24,11 @@ def _parser() -> argparse.ArgumentParser:
         "--accept-licences", action="store_true",
         help="publish windows of texts whose licence is non-commercial or not stated",
     )  # fmt: skip
+    pedia = doors.add_parser("export-neuronpedia", help="write Neuronpedia's batch files: features, activations, texts")
+    pedia.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
+    pedia.add_argument("--out", type=Path, help="folder to write (default: ROOT/neuronpedia)")
+    pedia.add_argument("--tokenizer", type=Path, required=True, help="folder of the subject model, or tokenizer.json")
+    pedia.add_argument("--model-id", help="Neuronpedia's id of the subject model (default: its name)")
     batch = doors.add_parser("batch-read", help="put the replies of OpenAI batch output files into the reply cache")
     batch.add_argument("files", type=Path, nargs="+", help="output (and error) files of finished batches")
     batch.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
@@ -50,6 +55,26 @@ def _show(root: Path) -> None:
         console.table(sae_id, columns, rows, right=(0, *range(2, 2 + len(scorers))))
 
 
+def _export_neuronpedia(options: argparse.Namespace) -> None:
+    from autointerp.neuronpedia import export_neuronpedia
+    from sae.errors import ConfigError
+
+    file: Path = options.tokenizer
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ConfigError(f"there is no tokenizer {file}; give the folder of the subject model")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    out = options.out or options.root / "neuronpedia"
+    for folder in export_neuronpedia(options.root, out, decode, model_id=options.model_id):
+        console.say(str(folder))
+
+
 def _read_batch(files: Sequence[Path], root: Path) -> None:
     from autointerp.batch_files import read_replies
     from autointerp.reply_cache import ReplyCache
@@ -69,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.door == "show":
             _show(options.root)
+        elif options.door == "export-neuronpedia":
+            _export_neuronpedia(options)
         elif options.door == "batch-read":
             _read_batch(options.files, options.root)
         else:
