@@ -71,31 +71,44 @@ def outcome(subject: SAE | Portable, x_ND: Tensor) -> Outcome:
 
 
 def compare(before: SAE | Portable, after: SAE | Portable, x_ND: Tensor) -> Agreement:
-    """``after`` against ``before`` on raw activations."""
-    a, b, x = outcome(before, x_ND), outcome(after, x_ND), x_ND.double()
-    active_a, active_b = a.contributions_NF != 0, b.contributions_NF != 0
-    same_N = (active_a == active_b).all(1)
+    """``after`` against ``before`` on raw activations, block by block: few N x F matrices are held at a time."""
+    sums: dict[str, float] = dict.fromkeys(("same", "l0_a", "l0_b", "code", "code_error", "x", "x_error"), 0.0)
+    residuals = {"a": 0.0, "b": 0.0}
     transcodes = before.transcoder if isinstance(before, Portable) else before.transcodes
+    for x_nD in x_ND.split(block_tokens(before.d_sae)):
+        a, b = outcome(before, x_nD), outcome(after, x_nD)
+        active_a, active_b = a.contributions_NF != 0, b.contributions_NF != 0
+        same_N = (active_a == active_b).all(1)
+        sums["same"] += float(same_N.sum())
+        sums["l0_a"] += float(active_a.sum())
+        sums["l0_b"] += float(active_b.sum())
+        for name, got, want in (
+            ("code", b.contributions_NF, a.contributions_NF), ("x", b.x_hat_ND, a.x_hat_ND)
+        ):  # fmt: skip
+            sums[name] += float(want[same_N].square().sum())
+            sums[f"{name}_error"] += float((got[same_N] - want[same_N]).square().sum())
+        if not transcodes:
+            residuals["a"] += float((x_nD.double() - a.x_hat_ND).square().sum())
+            residuals["b"] += float((x_nD.double() - b.x_hat_ND).square().sum())
+    n, variance = max(len(x_ND), 1), total_variance(x_ND)
+    shares = {k: r / variance if variance > 0 and not transcodes else float("nan") for k, r in residuals.items()}
+    nothing = float("nan")
+    relative = {k: (sums[f"{k}_error"] / (sums[k] or 1.0)) ** 0.5 if sums["same"] else nothing for k in ("code", "x")}
     return Agreement(
-        codes=_relative(b.contributions_NF[same_N], a.contributions_NF[same_N]),
-        reconstructions=_relative(b.x_hat_ND[same_N], a.x_hat_ND[same_N]), same_sets=float(same_N.double().mean()),
-        l0_before=float(active_a.sum(1).double().mean()), l0_after=float(active_b.sum(1).double().mean()),
-        fvu_before=float("nan") if transcodes else fvu(x, a.x_hat_ND),
-        fvu_after=float("nan") if transcodes else fvu(x, b.x_hat_ND), tokens=len(x_ND),
+        codes=relative["code"], reconstructions=relative["x"], same_sets=sums["same"] / n, l0_before=sums["l0_a"] / n,
+        l0_after=sums["l0_b"] / n, fvu_before=shares["a"], fvu_after=shares["b"], tokens=len(x_ND),
     )  # fmt: skip
 
 
-def _relative(got: Tensor, want: Tensor) -> float:
-    if not want.numel():
-        return float("nan")
-    size = float(torch.linalg.vector_norm(want))
-    return float(torch.linalg.vector_norm(got - want)) / (size or 1.0)
+def block_tokens(d_sae: int) -> int:
+    """Tokens whose codes are held at a time in float64: 128 MiB a matrix."""
+    return max(1, 2**24 // d_sae)
 
 
-def fvu(x_ND: Tensor, x_hat_ND: Tensor) -> float:
-    """Fraction of variance unexplained over the sample (METRICS A); NaN for a constant sample."""
-    total = float((x_ND - x_ND.mean(0)).square().sum())
-    return float((x_ND - x_hat_ND).square().sum()) / total if total > 0 else float("nan")
+def total_variance(x_ND: Tensor) -> float:
+    """Sum of squared distances from the mean, the denominator of FVU."""
+    x = x_ND.double()
+    return float((x - x.mean(0)).square().sum()) if len(x) else 0.0
 
 
 def sample_inputs(p: Portable, n_tokens: int = SAMPLE_TOKENS) -> Tensor:

@@ -36,6 +36,8 @@ def convert(
         raise ConfigError(f"--to {to}: no such format; known: {', '.join(known)}")
     if out.exists() and not force:
         raise ArtefactError(f"{out} exists; choose another folder or pass --force")
+    if to == loading.NATIVE and loading.recognise(source) == loading.NATIVE:
+        raise ConfigError(f"{source} is in saescope's own format already")
     p = loading.read(source, options)
     x_ND = agreement.sample_inputs(p, CHECK_TOKENS) if x_ND is None else x_ND
     if to == loading.NATIVE:

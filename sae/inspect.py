@@ -94,9 +94,12 @@ def probe(p: Portable, x_ND: Tensor) -> list[tuple[str, float, float]]:
         raise Unsupported(f"{p.where} is a transcoder: its recipe cannot be judged by the activations that it reads")
     rows = []
     for name, variant in {"as imported": p, **variants(p)}.items():
-        found = naive_forward(variant, x_ND)
-        fvu = agreement.fvu(x_ND.double(), torch.from_numpy(found.x_hat_ND).double())
-        rows.append((name, fvu, float((found.z_NF != 0).sum(1).mean())))
+        missed, active = 0.0, 0
+        for x_nD in x_ND.split(agreement.block_tokens(p.d_sae)):
+            found = naive_forward(variant, x_nD)
+            missed += float((x_nD.double() - torch.from_numpy(found.x_hat_ND).double()).square().sum())
+            active += int((found.z_NF != 0).sum())
+        rows.append((name, missed / agreement.total_variance(x_ND), active / len(x_ND)))
     return rows
 
 

@@ -18,6 +18,9 @@ from sae.errors import ArtefactError, ConfigError
 
 Activation = Literal["relu", "topk", "threshold", "gated", "groupmax", "topk_signed"]
 DOUBLE_NUMBERS = 2**27
+LARGEST_WIDTH = 2**26
+LARGEST_NUMBER = 2**53
+"""No width, count or norm of a configuration is larger; NaN and infinity are not smaller either."""
 BIASES = ("b_enc_F", "b_dec_D", "b_pre_D", "threshold_F", "b_gate_F", "b_mag_F", "r_mag_F")
 """Fields that are never 16-bit: a rounded threshold moves the set of active latents."""
 
@@ -141,9 +144,24 @@ def stated(where: Path, values: Mapping[str, Any], name: str, kind: type | tuple
     if name not in values:
         raise ConfigError(f"{where} does not say {name!r}, and it is not guessed")
     value = values[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where}: {name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not right or (isinstance(value, (int, float)) and not abs(value) < LARGEST_NUMBER):
+        names = ", ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
+        raise ConfigError(f"{where}: {name} is {value!r}, expected {names}")
     return value
+
+
+def width(where: Path, values: Mapping[str, Any], name: str) -> int:
+    """A stated number of channels or latents: positive, and small enough to allocate a vector of it."""
+    value: int = stated(where, values, name, int)
+    if not 1 <= value <= LARGEST_WIDTH:
+        raise ConfigError(f"{where}: {name} is {value}, expected 1 to {LARGEST_WIDTH:,}")
+    return value
+
+
+def said(where: Path, values: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    """A field that may be absent or null (None); of another type it is a :class:`ConfigError` as in :func:`stated`."""
+    return None if values.get(name) is None else stated(where, values, name, kind)
 
 
 def check(p: Portable, options: ImportOptions) -> Portable:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
-from sae.portable import Activation, ImportOptions, Portable, shaped, stated, take
+from sae.portable import Activation, ImportOptions, Portable, said, shaped, stated, take
 from sae.safe_files import read_json, read_torch
 
 WEIGHTS, CFG = "ae.pt", "config.json"
@@ -87,7 +87,7 @@ class DictionaryLearning:
             raise ArtefactError(f"{file}: the encoder is no matrix")
         d_sae, d_in = encoder.shape if kind.linear else encoder.shape[::-1]
         for field, found in (("dict_size", d_sae), ("activation_dim", d_in)):
-            if field in trainer and trainer[field] != found:
+            if said(where, trainer, field, int) not in (None, found):
                 raise ConfigError(f"{where} says {field} {trainer[field]}, the tensors of {file.name} say {found}")
         biases = {
             ours: shaped(file, theirs, values[theirs], (d_in,) if ours == "b_dec_D" else (d_sae,))
@@ -96,11 +96,11 @@ class DictionaryLearning:
         decoder = values["decoder.weight" if kind.linear else "W_dec"]
         decoder_FD = shaped(file, "decoder.weight", decoder, (d_in, d_sae)).t() if kind.linear else decoder
         run = _how_it_runs(file, where, name, values, trainer, options, d_sae)
-        lm, layer = trainer.get("lm_name"), trainer.get("layer")
+        lm, layer = said(where, trainer, "lm_name", str), said(where, trainer, "layer", (int, str))
         return Portable(
             format="dictionary_learning", where=str(folder), W_enc_FD=encoder if kind.linear else encoder.t(),
             W_dec_FD=decoder_FD, **({"b_enc_F": None} | biases | run), apply_b_dec_to_input=kind.pre_bias,  # type: ignore[arg-type]
-            input_norm=InputNorm(kind="none"), gate_scale="none", lm=lm if isinstance(lm, str) else None,
+            input_norm=InputNorm(kind="none"), gate_scale="none", lm=lm,
             hook=f"{trainer.get('submodule_name')} (layer {layer})", hookpoint=_hookpoint(trainer), files=(where, file),
             train_tokens=None, extra={"dictionary_learning": {k: v for k, v in trainer.items() if k != "submodule"}},
         )  # fmt: skip
@@ -146,7 +146,7 @@ def _how_it_runs(
     run: dict[str, Any] = {"architecture": kind.architecture, "activation": kind.activation, "k": None}
     if "k" in kind.keys:
         run["k"] = int(shaped(file, "k", values["k"], ()))
-        if trainer.get("k") is not None and trainer["k"] != run["k"]:
+        if said(where, trainer, "k", int) not in (None, run["k"]):
             raise ConfigError(f"{where} says k {trainer['k']}, {file.name} says {run['k']}")
     if "group_sizes" in kind.keys:
         sizes = [int(n) for n in shaped(file, "group_sizes", values["group_sizes"], tuple(values["group_sizes"].shape))]

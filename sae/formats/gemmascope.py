@@ -16,7 +16,7 @@ from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.hook_names import place
-from sae.portable import ImportOptions, Portable, shaped, take
+from sae.portable import ImportOptions, Portable, said, shaped, take
 from sae.safe_files import npz_names, read_json, read_npz, read_safetensors, safetensor_shapes
 
 NPZ, WEIGHTS, CFG = "params.npz", "params.safetensors", "config.json"
@@ -121,20 +121,22 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     layer, l0 = re.search(r"layer_(\d+)", text), re.search(r"average_l0_(\d+)|_l0_(\w+)", text)
     size = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)-(\w+)", text)
     lm = None
-    if isinstance(cfg.get("model_name"), str):
+    at = file.parent / CFG
+    if said(at, cfg, "model_name", str):
         lm = re.sub(r"-v3", "-3", cfg["model_name"])
     elif size is not None:
         lm = f"google/gemma-{'3' if size.group(1) else '2'}-{size.group(2)}" + ("-it" if size.group(3) == "it" else "")
     name = size.group(4) if size is not None else file.parent.parent.name
-    hook = cfg.get("hf_hook_point_in") or f"{name} layer {layer.group(1) if layer else '?'}"
+    read, written = (said(at, cfg, f"hf_hook_point_{side}", str) for side in ("in", "out"))
+    hook = read or f"{name} layer {layer.group(1) if layer else '?'}"
     if l0:
         hook = f"{hook} l0 {l0.group(1) or l0.group(2)}"
-    transcoder = "transcoder" in text or cfg.get("hf_hook_point_in") != cfg.get("hf_hook_point_out")
+    transcoder = "transcoder" in text or read != written
     site = _SITES.get(name)
-    native = _module(cfg["hf_hook_point_in"]) if "hf_hook_point_in" in cfg else None
-    out = _module(cfg["hf_hook_point_out"]) if transcoder and "hf_hook_point_out" in cfg else None
-    if native is None and site and layer and "hf_hook_point_in" not in cfg:
+    native, out = (_module(hook_point) if hook_point else None for hook_point in (read, written))
+    if native is None and site and layer and read is None:
         native = place(site, int(layer.group(1)), lm or "gemma")
+    out = out if transcoder else None
     return {"lm": lm, "hook": hook, "hookpoint": native, "hookpoint_out": out, "transcoder": transcoder}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.hook_names import from_transformer_lens
-from sae.portable import ImportOptions, Portable, shaped, stated, take
+from sae.portable import ImportOptions, Portable, said, shaped, stated, take, width
 from sae.safe_files import read_json, read_safetensors
 
 CFG = "hyperparams.json"
@@ -36,7 +36,7 @@ class LlamaScope:
         file, tensors = found[0], read_safetensors(found[0])
         names = ["encoder.weight", "encoder.bias", "decoder.weight"]
         take(file, tensors, names, ["decoder.bias", "log_jumprelu_threshold"])
-        d_in, d_sae = stated(where, cfg, "d_model", int), _width(where, cfg)
+        d_in, d_sae = width(where, cfg, "d_model"), _width(where, cfg)
         d_out = int(tensors["decoder.weight"].shape[0])
         s_in, s_out = _scales(where, cfg, d_in, d_out)
         threshold_F = tensors.get("log_jumprelu_threshold")
@@ -50,7 +50,7 @@ class LlamaScope:
         bias_D = tensors.get("decoder.bias")
         decoder_FD = shaped(file, "decoder.weight", tensors["decoder.weight"], (d_out, d_sae)).t().double()
         encoder_FD = shaped(file, "encoder.weight", tensors["encoder.weight"], (d_sae, d_in))
-        lm = cfg.get("model_name")
+        lm = said(where, cfg, "model_name", str)
         if threshold_F is None:
             value = stated(where, cfg, "jump_relu_threshold", _NUMBERS)
             threshold_F = encoder_FD.new_full((d_sae,), float(value)).double()
@@ -71,7 +71,7 @@ class LlamaScope:
 def _width(where: Path, cfg: dict[str, Any]) -> int:
     factor = stated(where, cfg, "expansion_factor", _NUMBERS)
     d_sae = int(cfg["d_model"] * factor)
-    if cfg.get("d_sae") not in (None, d_sae):
+    if said(where, cfg, "d_sae", int) not in (None, d_sae):
         raise ConfigError(f"{where}: d_sae {cfg['d_sae']} is not d_model * expansion_factor = {d_sae}")
     return d_sae
 

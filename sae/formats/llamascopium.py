@@ -18,7 +18,7 @@ from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.hook_names import from_transformer_lens, to_transformer_lens
-from sae.portable import Activation, ImportOptions, Portable, shaped, stated, take
+from sae.portable import Activation, ImportOptions, Portable, said, shaped, stated, take, width
 from sae.safe_files import read_json, read_safetensors, read_torch
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class Llamascopium:
         cfg = read_json(where)
         if stated(where, cfg, "sae_type", str) != "sae":
             raise Unsupported(f"{where}: sae_type {cfg['sae_type']!r} cannot be run; known: sae")
-        if cfg.get("use_glu_encoder"):
+        if said(where, cfg, "use_glu_encoder", bool):
             raise Unsupported(f"{where}: an encoder with a gated linear unit cannot be run")
         file, tensors = _tensors(path)
         activation, k = _activation(where, cfg)
-        d_in = stated(where, cfg, "d_model", int)
+        d_in = width(where, cfg, "d_model")
         d_sae = int(d_in * stated(where, cfg, "expansion_factor", (int, float)))
         hook_in, hook_out = stated(where, cfg, "hook_point_in", str), stated(where, cfg, "hook_point_out", str)
         norms = {f"{_NORM}{hook}" for hook in (hook_in, hook_out)}
@@ -61,7 +61,7 @@ class Llamascopium:
             logger.warning(
                 "%s was folded by Llamascopium, which leaves the thresholds of a JumpReLU SAE unscaled", path
             )
-        lm = cfg.get("model_name") if isinstance(cfg.get("model_name"), str) else None
+        lm = said(where, cfg, "model_name", str)
         log_F = tensors.get(_LOG_THRESHOLD)
         return Portable(
             format="llamascopium", where=str(path), architecture=_ACTIVATION[cfg["act_fn"].lower()][0],

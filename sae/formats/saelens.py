@@ -18,7 +18,7 @@ from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ConfigError, Unsupported
 from sae.hook_names import from_transformer_lens, to_transformer_lens
-from sae.portable import ImportOptions, Portable, shaped, stated, take
+from sae.portable import ImportOptions, Portable, said, shaped, stated, take, width
 from sae.safe_files import read_json, read_safetensors
 
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
@@ -133,16 +133,16 @@ def _modern(cfg: dict[str, Any], where: Path) -> dict[str, Any]:
 def _from_old(old: dict[str, Any], where: Path) -> dict[str, Any]:
     """A configuration before v6 in the words of v6, with what the library of that time did where it says nothing."""
     flat = {_RENAMED.get(name, name): value for name, value in old.items()}
-    kwargs = flat.get("activation_fn_kwargs") or {}
-    activation = flat.get("activation_fn") or "relu"
-    architecture = flat.get("architecture", "standard")
+    kwargs = said(where, flat, "activation_fn_kwargs", dict) or {}
+    activation = said(where, flat, "activation_fn", str) or "relu"
+    architecture = said(where, flat, "architecture", str) or "standard"
     if activation == "topk":
         architecture = "topk"
     elif activation != "relu":
         raise Unsupported(f"{where}: activation_fn {activation!r} cannot be run; known: relu, topk")
-    hook = flat.get("hook_name") or ""
-    norm = flat.get("normalize_activations")
-    norm = {True: "expected_average_only_in", False: "none", None: "none"}.get(norm, norm)
+    hook = said(where, flat, "hook_name", str) or ""
+    norm = flat.get("normalize_activations") or "none"  # a bool, a name, or absent
+    norm = "expected_average_only_in" if norm is True else norm
     new = {
         "architecture": architecture, "d_in": flat.get("d_in"), "d_sae": flat.get("d_sae"),
         "apply_b_dec_to_input": flat.get("apply_b_dec_to_input", True), "normalize_activations": norm,
@@ -177,20 +177,23 @@ def _norm(where: Path, cfg: dict[str, Any], options: ImportOptions) -> InputNorm
 def _portable(path: Path, where: Path, cfg: dict[str, Any], architecture: str, options: ImportOptions) -> Portable:
     file = path / WEIGHTS
     tensors = read_safetensors(file)
-    d_in, d_sae = (stated(where, cfg, name, int) for name in ("d_in", "d_sae"))
+    d_in, d_sae = width(where, cfg, "d_in"), width(where, cfg, "d_sae")
     transcoder = "transcoder" in architecture
-    d_out = stated(where, cfg, "d_out", int) if transcoder else d_in
+    d_out = width(where, cfg, "d_out") if transcoder else d_in
     activation = _ACTIVATION[architecture]
     _threshold(file, tensors, architecture, d_sae)
     _drop_ones(file, tensors)
     skip = ["W_skip"] if "skip" in architecture else []
     take(file, tensors, ["W_enc", "W_dec", "b_dec", *_OWN[activation], *skip])
-    metadata = cfg.get("metadata") or {}
+    metadata = said(where, cfg, "metadata", dict) or {}
     rescale = stated(where, cfg, "rescale_acts_by_decoder_norm", bool) if "topk" in architecture else False
-    lm, hook = metadata.get("model_name"), metadata.get("hook_name") or None
+    lm, hook, hook_out, version = (
+        said(where, metadata, name, str) or None
+        for name in ("model_name", "hook_name", "hook_name_out", "sae_lens_version")
+    )
     found = {name: field for name, field in _FIELDS.items() if name in tensors}
     per_latent = {field: shaped(file, name, tensors[name], (d_sae,)) for name, field in found.items()}
-    widths = cfg.get("matryoshka_widths") if architecture == "matryoshka_batchtopk" else None
+    widths = said(where, cfg, "matryoshka_widths", list) if architecture == "matryoshka_batchtopk" else None
     return Portable(
         format="saelens", where=str(path), architecture=_OURS.get(architecture, _plain(activation)),
         activation=activation, W_enc_FD=shaped(file, "W_enc", tensors["W_enc"], (d_in, d_sae)).t(),  # type: ignore[arg-type]
@@ -200,10 +203,11 @@ def _portable(path: Path, where: Path, cfg: dict[str, Any], architecture: str, o
         input_norm=_norm(where, cfg, options), gate_scale="decoder_norm" if rescale else "none",
         k=stated(where, cfg, "k", int) if "topk" in architecture else None, transcoder=transcoder,
         W_skip_DD=shaped(file, "W_skip", tensors["W_skip"], (d_out, d_in)) if skip else None,
-        group_sizes=_group_sizes(widths, d_sae), lm=lm, hook=hook, hookpoint=from_transformer_lens(hook, lm),
-        hookpoint_out=from_transformer_lens(metadata.get("hook_name_out"), lm) if transcoder else None,
-        context_tokens=metadata.get("context_size"), prepend_bos=metadata.get("prepend_bos"),
-        files=(where, file), version=metadata.get("sae_lens_version"), extra={"saelens": metadata},
+        group_sizes=_group_sizes(where, widths, d_sae), lm=lm, hook=hook, hookpoint=from_transformer_lens(hook, lm),
+        hookpoint_out=from_transformer_lens(hook_out, lm) if transcoder else None,
+        context_tokens=said(where, metadata, "context_size", int),
+        prepend_bos=said(where, metadata, "prepend_bos", bool),
+        files=(where, file), version=version, extra={"saelens": metadata},
     )  # fmt: skip
 
 
@@ -211,10 +215,12 @@ def _plain(activation: str) -> str:
     return "jumprelu" if activation == "threshold" else activation
 
 
-def _group_sizes(widths: Any, d_sae: int) -> tuple[int, ...] | None:
+def _group_sizes(where: Path, widths: Any, d_sae: int) -> tuple[int, ...] | None:
     if not widths:
         return None
-    ends = [*(w for w in widths if w < d_sae), d_sae]
+    ends = [*(w for w in widths if isinstance(w, int) and w < d_sae), d_sae]
+    if len(ends) - 1 not in (len(widths), len(widths) - 1) or ends != sorted(set(ends)) or ends[0] < 1:
+        raise ConfigError(f"{where}: matryoshka_widths {widths} do not rise to {d_sae} latents")
     return tuple(b - a for a, b in zip([0, *ends], ends, strict=False))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
-from sae.portable import Activation, ImportOptions, Portable, shaped, stated, take
+from sae.portable import Activation, ImportOptions, Portable, said, shaped, stated, take, width
 from sae.safe_files import read_json, read_safetensors, safetensor_shapes
 
 WEIGHTS, CFG = "sae.safetensors", "cfg.json"
@@ -43,12 +43,12 @@ class Sparsify:
         unknown = sorted(set(cfg) - _KNOWN)
         if unknown:
             raise ConfigError(f"{where} has the fields {', '.join(unknown)}, whose meaning is unknown to this reader")
-        d_in, k = stated(where, cfg, "d_in", int), stated(where, cfg, "k", int)
+        d_in, k = width(where, cfg, "d_in"), stated(where, cfg, "k", int)
         transcoder = stated(where, cfg, "transcode", bool) if "transcode" in cfg else False
         skip = stated(where, cfg, "skip_connection", bool) if "skip_connection" in cfg else False
         tensors = read_safetensors(file)
         take(file, tensors, ["encoder.weight", "encoder.bias", "W_dec", "b_dec", *(["W_skip"] if skip else [])])
-        d_sae = cfg.get("num_latents") or d_in * stated(where, cfg, "expansion_factor", int)
+        d_sae = said(where, cfg, "num_latents", int) or d_in * stated(where, cfg, "expansion_factor", int)
         activation = _activation(where, cfg)
         return Portable(
             format="sparsify", where=str(path), architecture="groupmax" if activation == "groupmax" else "topk",
@@ -103,10 +103,10 @@ def _origin(path: Path, transcoder: bool) -> dict[str, Any]:
 
 
 def _activation(where: Path, cfg: dict[str, Any]) -> Activation:
-    name = cfg.get("activation", "topk")  # files before the option are all TopK
+    name = stated(where, {"activation": "topk"} | cfg, "activation", str)  # files before the option are all TopK
     if name not in ("topk", "groupmax"):
         raise Unsupported(f"{where}: activation {name!r} cannot be run; known: topk, groupmax")
-    if cfg.get("signed", False):
+    if said(where, cfg, "signed", bool):
         if name == "groupmax":
             raise Unsupported(f"{where}: signed groupmax cannot be run")
         return "topk_signed"

@@ -84,3 +84,14 @@ def write_llama_scope(folder: Path, w: dict[str, np.ndarray], cfg: dict[str, Any
     save_file(made, folder / "checkpoints" / "final.safetensors")
     (folder / "hyperparams.json").write_text(json.dumps(cfg))
     return folder
+
+
+def write_tracer(folder: Path, w: dict[str, np.ndarray], cfg: dict[str, Any], **extra: np.ndarray) -> Path:
+    """One layer of circuit-tracer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"W_enc": w["enc"], "W_dec": w["dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], **extra}
+    save_file({k: tensor(a) for k, a in made.items()}, folder / "layer_5.safetensors")
+    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
+    values = {"model_kind": "transcoder_set", "model_name": "google/gemma-2-2b", "scan_name": "x", **hooks, **cfg}
+    (folder / "config.yaml").write_text("\n".join(f"{k}: {v}" for k, v in values.items() if v is not None))
+    return folder / "layer_5.safetensors"

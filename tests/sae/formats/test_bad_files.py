@@ -351,3 +351,45 @@ def test_no_format_at_all(tmp_path: Path):
         loading.load(tmp_path)
     with pytest.raises(ArtefactError, match="no SAE of a known format"):
         loading.load(tmp_path / "notes.txt")
+
+
+def config_files(root: Path) -> dict[str, tuple[Path, Path]]:
+    """Of each format with a configuration: (what is loaded, its JSON file)."""
+    w = arrays()
+    hooks = {"hf_hook_point_in": "model.layers.9.output", "hf_hook_point_out": "model.layers.9.output"}
+    gemma = write_gemma2(root / "g", w, {"architecture": "jump_relu", "model_name": "google/gemma-v3-1b-pt", **hooks})
+    llama = write_llama_scope(root / "h", w, LLAMA_SCOPE)
+    found = {"gemma2": (gemma, gemma / "config.json"), "llama_scope": (llama, llama / "hyperparams.json")}
+    cases = {
+        "saelens/topk_rescaled": "cfg.json", "saelens/old_topk": "cfg.json", "saelens/batchtopk_checkpoint": "cfg.json",
+        "sparsify/layers.3": "cfg.json", "dictionary_learning/matryoshka": "config.json",
+        "llamascopium/jumprelu_dataset": "config.json",
+    }  # fmt: skip
+    for i, (case, name) in enumerate(cases.items()):
+        folder = golden(root / str(i), case)
+        found[case] = (folder, folder / name)
+    return found
+
+
+ODD = [None, True, 0, -1, 2**70, 0.5, float("nan"), float("inf"), "", "x", [], [1], {}, {"a": 1}]
+
+
+def test_every_value_of_every_configuration_by_an_odd_one(tmp_path: Path):
+    """Each field, nested ones too, by a value of another kind: it loads, or fails with an error of saescope."""
+    tried = 0
+    for name, (path, file) in config_files(tmp_path).items():
+        whole = json.loads(file.read_text())
+        places = [(key, None) for key in whole]
+        places += [(key, inner) for key, value in whole.items() if isinstance(value, dict) for inner in value]
+        for key, inner in places:
+            for odd in ODD:
+                values = json.loads(json.dumps(whole))
+                target = values if inner is None else values[key]
+                target[key if inner is None else inner] = odd
+                file.write_text(json.dumps(values))
+                try:
+                    loading.load(path)
+                except SaescopeError as error:
+                    assert str(path) in str(error), f"{name}: {error}"
+                tried += 1
+    assert tried > 1_000

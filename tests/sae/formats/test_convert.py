@@ -16,7 +16,7 @@ from sae.config import InputNorm, SAEConfig
 from sae.convert import convert
 from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, Unsupported
 from sae.plugins import find
-from sae.portable import ImportOptions
+from sae.portable import ImportOptions, naive_forward
 
 GOLDENS = Path(__file__).parents[2] / "interop" / "goldens"
 CASES = {
@@ -134,6 +134,28 @@ def test_import_into_writes_once(tmp_path: Path):
     assert loading.import_into(tmp_path, folder) == folder, "a native folder stays where it is"
     other = loading.import_into(tmp_path, CASES["saelens/topk"], ImportOptions(hookpoint="h.3"))
     assert other != folder
+
+
+def test_native_stays_native(tmp_path: Path):
+    convert(CASES["saelens/topk"], tmp_path / "a", "native")
+    with pytest.raises(ConfigError, match="own format already"):
+        convert(tmp_path / "a", tmp_path / "b", "native")
+
+
+def test_comparison_in_blocks_is_the_comparison(monkeypatch: pytest.MonkeyPatch):
+    p = loading.read(CASES["saelens/topk"])
+    other = loading.read(CASES["saelens/topk"])
+    other.b_enc_F = other.b_enc_F + 0.05 * torch.randn(48, generator=torch.Generator().manual_seed(0))
+    x_ND = agreement.sample_inputs(p, 100)
+    whole = agreement.compare(p, other, x_ND)
+    assert 0 < whole.same_sets < 1 and whole.codes > 0
+    found = naive_forward(p, x_ND)
+    residual = (x_ND.double() - torch.from_numpy(found.x_hat_ND)).square().sum()
+    assert whole.fvu_before == pytest.approx(float(residual / (x_ND - x_ND.mean(0)).double().square().sum()), rel=1e-5)
+    assert whole.l0_before == (found.z_NF != 0).sum(1).mean()
+    monkeypatch.setattr(agreement, "block_tokens", lambda d_sae: 7)
+    for got, want in zip(agreement.compare(p, other, x_ND), whole, strict=True):
+        assert got == pytest.approx(want, rel=1e-9)
 
 
 def test_existing_output_is_kept(tmp_path: Path):

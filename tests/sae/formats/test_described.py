@@ -17,8 +17,8 @@ from foreign import (
     write_gemma2,
     write_llama_scope,
     write_openai,
+    write_tracer,
 )
-from safetensors.torch import save_file
 
 import sae
 from sae import loading
@@ -198,17 +198,6 @@ def test_the_public_name_reads_them(tmp_path: Path):
     assert sae.load(str(write_gemma(tmp_path / "g", arrays()))).d_sae == F
     with pytest.raises(ArtefactError, match="does not exist"):
         sae.load("org/repository-of-the-hub")
-
-
-def write_tracer(folder: Path, w: dict[str, np.ndarray], cfg: dict, **extra: np.ndarray) -> Path:
-    """One layer of circuit-tracer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {"W_enc": w["enc"], "W_dec": w["dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], **extra}
-    save_file({k: tensor(a) for k, a in made.items()}, folder / "layer_5.safetensors")
-    hooks = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
-    values = {"model_kind": "transcoder_set", "model_name": "google/gemma-2-2b", "scan_name": "x", **hooks, **cfg}
-    (folder / "config.yaml").write_text("\n".join(f"{k}: {v}" for k, v in values.items() if v is not None))
-    return folder / "layer_5.safetensors"
 
 
 def test_circuit_tracer_transcoders(tmp_path: Path):
