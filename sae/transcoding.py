@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from sae import optim
-from sae.architectures.topk import TopK
 from sae.base import B_DEC_SAMPLE_TOKENS, Entries, SparseLatents, StepLoss, TrainState, step_loss
 from sae.config import SAEConfig, TrainConfig
 from sae.errors import ConfigError
 from sae.manifest import seed_of
+from sae.topk_code import TopKCode
 
 START_SHARE = 0.1
 """Mean length of the first reconstructions over that of the centred targets (TRAINING 4)."""
 
 
-class TranscoderBase(TopK):
+class TranscoderBase(TopKCode):
     """A TopK code of n that reconstructs t; ``b_dec`` is in the space of t, ``b_pre`` in that of n."""
 
     transcodes = True
-    compute_copies = None  # type: ignore[assignment]  # the fused loss reconstructs its input
 
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__(cfg)
@@ -71,7 +70,7 @@ class TranscoderBase(TopK):
         self.W_dec_FD.copy_(optim.unit_rows(self.d_sae, self.cfg.d_out, seed_of("transcoder-init-dec", seed)))
         self.W_enc_FD.copy_(optim.unit_rows(self.d_sae, self.d_in, seed_of("transcoder-init-enc", seed)))
         self.b_enc_F.zero_()
-        first_nO = TopK.decode_normalised(self, self.encode_entries(n_ND[:4096])) - self.b_dec_D
+        first_nO = TopKCode.decode_normalised(self, self.encode_entries(n_ND[:4096])) - self.b_dec_D
         length = float(torch.linalg.vector_norm(first_nO, dim=1).mean())
         wanted = START_SHARE * float(torch.linalg.vector_norm(t_NO - self.b_dec_D, dim=1).mean())
         if length > 0 and wanted > 0:
