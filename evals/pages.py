@@ -15,6 +15,8 @@ from evals.board import Board, BoardSubject, Column, build_board, newest
 from evals.gains import Cell
 from evals.latent_page import headline_text, latent_context
 from evals.matched import matched_l0, pareto
+from evals.page_board import board_data, filters, provenance_hint
+from evals.page_compare import compare_context
 from evals.page_data import RunInfo, SaeData, load_site_data, run_info
 from evals.page_text import config_text, data_block, number, percent, slug, sort_key, visible
 from evals.results import draws_below
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SITE = Path(__file__).with_name("site")
-STATIC = ("style.css", "site.js", "latent.js")
+STATIC = ("style.css", "site.js", "latent.js", "board.js", "sae.js", "compare.js")
 PLOTTED = ("fvu", "delta_ce")
 
 
@@ -64,7 +66,8 @@ def build_site(
     target, temporary = root / "site", root / f"site.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_all(temporary, board, newest(results), info, data)
+        context = compare_context(root, board, data, draws_below(root))
+        _write_all(temporary, board, newest(results), info, data, context)
         old = root / f"site.tmp-old-{os.getpid()}"
         if target.exists():
             os.replace(target, old)
@@ -75,7 +78,14 @@ def build_site(
     return target / "index.html"
 
 
-def _write_all(folder: Path, board: Board, rows: "pd.DataFrame", info: RunInfo, data: Mapping[str, SaeData]) -> None:
+def _write_all(
+    folder: Path,
+    board: Board,
+    rows: "pd.DataFrame",
+    info: RunInfo,
+    data: Mapping[str, SaeData],
+    compared: Mapping[str, Any],
+) -> None:
     env, foot = environment(), _foot(info)
     folder.mkdir(parents=True)
     for name in STATIC:
@@ -90,6 +100,7 @@ def _write_all(folder: Path, board: Board, rows: "pd.DataFrame", info: RunInfo, 
         )
 
     write("index.html", "index.html.j2", **index_context(board, info, data))
+    write("compare.html", "compare.html.j2", **compared)
     total = sum(len(d.latents) for d in data.values()) + len(board.subjects)
     with progress("Pages", total=total, unit="pages") as bar:
         for subject in board.subjects:
@@ -158,7 +169,13 @@ def _index_row(
                 "best": subject.sae_id in board.best(column),
             }
         )
-    return {"subject": subject, "href": f"sae/{slug(subject.sae_id)}.html", "cells": cells}
+    return {
+        "subject": subject,
+        "href": f"sae/{slug(subject.sae_id)}.html",
+        "cells": cells,
+        "place": board.subjects.index(subject),
+        "provenance": provenance_hint(subject),
+    }
 
 
 def _series(board: Board) -> dict[str, int]:
@@ -222,8 +239,14 @@ def index_context(board: Board, info: RunInfo, data: Mapping[str, SaeData]) -> d
     states = [(c, pareto(board, c)) for key in PLOTTED for c in board.columns_of(key)] if len(board.saes) > 1 else []
     checks = {(c.judge, c.scorer): c for sae in data.values() for c in sae.checks}
     where = "; ".join(sorted({f"{s.fields['lm']}, {s.fields['hookpoint']}" for s in board.subjects}))
+    explained = [s for s in board.subjects if s.sae_id in data and data[s.sae_id].latents]
     return {
         "board": board,
+        "board_data": board_data(board) if board.subjects else {},
+        "filters": filters(board),
+        "lucky": " ".join(f"sae/{slug(s.sae_id)}.html" for s in explained),
+        "default_x": board.columns_of("l0")[0].id if board.columns else "",
+        "default_y": board.columns_of("fvu")[0].id if board.columns else "",
         "columns": board.columns,
         "where": visible(where) or "no language model yet",
         "sae_rows": [rows[s.sae_id] for s in board.saes],

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
+from autointerp.records import Explanation
 from evals import charts
 from evals.board import Board, BoardSubject, plain
 from evals.gains import Cell
-from evals.latent_page import best_scores, score_columns
-from evals.page_data import SaeData
+from evals.latent_page import ScoreColumn, best_scores, score_columns
+from evals.page_board import cell_list
+from evals.page_data import LatentData, SaeData
 from evals.page_text import config_text, slug, visible
+from evals.page_windows import failure_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,33 +91,52 @@ def _sae_charts(sae: SaeData) -> list[dict[str, Any]]:
     return found
 
 
-def _latent_rows(sae: SaeData, columns: Sequence[Any]) -> list[dict[str, Any]]:
-    rows = []
+def _chosen(latent: LatentData) -> Explanation | None:
+    """The explanation that the lists show; where none was chosen, the first, whose failure they show."""
+    chosen = next((e for e in latent.explanations if e.selected), None)
+    return chosen or (latent.explanations[0] if latent.explanations else None)
+
+
+def _latent_list(sae: SaeData, columns: Sequence[ScoreColumn]) -> list[list[Any]]:
+    """Rows as sae.js draws them: latent, text, failure, explainer, density, then a cell list per score column."""
+    rows: list[list[Any]] = []
     for latent in sae.latents:
-        chosen = next(
-            (e for e in latent.explanations if e.selected), latent.explanations[0] if latent.explanations else None
-        )
-        failure = ""
-        if chosen is None:
-            failure = "no explanation was made"
-        elif chosen.failure is not None:
-            failure = f"failed: {chosen.failure.code}" + (
-                f" ({chosen.failure.detail})" if chosen.failure.detail else ""
-            )
+        chosen, scores = _chosen(latent), best_scores(latent)
+        failure = "no explanation was made" if chosen is None else ""
+        if chosen is not None and chosen.failure is not None:
+            failure = f"failed: {failure_text(chosen.failure)}"
         text = (chosen.text or ("n-gram pattern" if chosen.pattern else "")) if chosen else ""
-        scores = best_scores(latent)
-        rows.append(
-            {
-                "latent": latent.latent,
-                "href": f"../latent/{slug(sae.sae_id)}/{latent.latent}.html",
-                "text": visible(text),
-                "failure": visible(failure),
-                "explainer": visible(chosen.explainer) if chosen else "",
-                "density": plain(latent.stats.get("density")),
-                "cells": [scores.get(c.key, Cell(reason="not scored")) for c in columns],
-            }
-        )
+        density = plain(latent.stats.get("density"))
+        row = [latent.latent, visible(text), visible(failure), visible(chosen.explainer) if chosen else ""]
+        row.append(None if density is None else float(f"{density:.3g}"))
+        rows.append([*row, *(cell_list(scores.get(c.key, Cell(reason="not scored"))) for c in columns)])
     return rows
+
+
+EXTREMES = 5
+
+
+def _extremes(sae: SaeData, columns: Sequence[ScoreColumn]) -> dict[str, Any] | None:
+    """The best and the worst explained latents by the first score whose judge is believed; None without scores.
+
+    Ties go to the lower latent. A latent is in one of the two lists only.
+    """
+    column = next((c for c in columns if not c.weak), columns[0] if columns else None)
+    if column is None:
+        return None
+    found: list[tuple[float, int, dict[str, Any]]] = []
+    for latent in sae.latents:
+        cell, chosen = best_scores(latent).get(column.key), _chosen(latent)
+        if cell is not None and cell.value is not None and chosen is not None:
+            text = visible(chosen.text or "n-gram pattern")
+            href = f"../latent/{slug(sae.sae_id)}/{latent.latent}.html"
+            entry = {"latent": latent.latent, "text": text, "cell": cell, "href": href}
+            found.append((-cell.value, latent.latent, entry))
+    ranked = [entry for _, _, entry in sorted(found, key=lambda f: f[:2])]
+    count = min(EXTREMES, len(ranked) // 2)
+    if not count:
+        return None
+    return {"title": column.title, "weak": column.weak, "best": ranked[:count], "worst": ranked[: -count - 1 : -1]}
 
 
 def sae_context(subject: BoardSubject, board: Board, rows: "pd.DataFrame", sae: SaeData) -> dict[str, Any]:
@@ -134,8 +157,14 @@ def sae_context(subject: BoardSubject, board: Board, rows: "pd.DataFrame", sae: 
     return {
         "subject": subject,
         "facts": [(n, v if v is None else visible(str(v))) for n, v in facts],
-        "latents": _latent_rows(sae, columns),
-        "score_columns": columns,
+        "n_latents": len(sae.latents),
+        "listed": {
+            "folder": f"../latent/{slug(sae.sae_id)}/",
+            "columns": [{"title": c.title, "hint": c.hint, "weak": c.weak} for c in columns],
+            "rows": _latent_list(sae, columns),
+        },
+        "extremes": _extremes(sae, columns),
+        "compare_href": f"../compare.html#{urlencode({'a': subject.sae_id})}",
         "metrics": [m for m in metrics if not m["slice"]],
         "sliced": [m for m in metrics if m["slice"]],
         "charts": _sae_charts(sae),

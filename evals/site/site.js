@@ -140,9 +140,10 @@ window.saescope = (function () {
     apply();
   }
 
+  // One of the SAEs at random; its page goes on to one of its latents.
   const lucky = document.getElementById("lucky");
   if (lucky) lucky.addEventListener("click", () => {
-    const links = document.getElementById(lucky.dataset.links).querySelectorAll("tbody a");
-    if (links.length) location.href = links[Math.floor(Math.random() * links.length)].href;
+    const pages = lucky.dataset.saes.split(" ");
+    lucky.href = `${pages[Math.floor(Math.random() * pages.length)]}#lucky`;
   });
 })();

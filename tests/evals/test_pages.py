@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,21 @@ from typing import Any
 import pandas as pd
 import pytest
 import synthetic_latents as synthetic
-from synthetic_results import RELU, TOPK, write_run
+from nasty_texts import NASTY
+from synthetic_results import PCA, RANDOM, RELU, TOPK, write_run
 
 from autointerp.exemplars import ExemplarTable
 from autointerp.pipeline import open_explanations, open_scores
 from autointerp.records import Explanation, LatentScore, ScoreItem, Simulation
 from autointerp.tables import write_jsonl, write_parquet
-from evals import charts, pages
+from evals import pages
 from evals.board import build_board
 from evals.page_data import LatentData, SaeData, artefacts, load_site_data
-from evals.page_text import data_block, simulated_percent, slug, visible, window_tokens
-from evals.page_tokens import TokenReader, read_tokenizer
+from evals.page_tokens import TokenReader
 from evals.results import load_results
 from sae.manifest import Writer, writing
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
-NASTY = {
-    "markup": "<script>alert(1)</script>",
-    "attribute": '" onmouseover="alert(1)',
-    "entity": "&lt;b&gt;",
-    "close": "</p></main>",
-    "control": "a\x00b\x07c\x1b[31m",
-    "lines": "one\ntwo\r\n\tthree\u2028",
-    "hebrew": "שלום עולם",
-    "arabic": "مرحبا",
-    "override": "abc\u202edef\u2066x\u2069",
-    "half": "\ud83d",
-    "emoji": "👩\u200d💻",
-    "template": "{{ 7*7 }}{% raw %}",
-}
 
 
 class Page(HTMLParser):
@@ -102,7 +89,7 @@ def every_page(site: Path) -> list[tuple[Path, Page]]:
 
 def test_all_pages_are_there_well_formed_and_linked(site: Path) -> None:
     found = every_page(site)
-    assert len(found) == 1 + 4 + 2 * 3
+    assert len(found) == 2 + 4 + 2 * 3
     for path, page in found:
         assert next(page.named("html"))["lang"] == "en" and list(page.named("h1")) and list(page.named("main"))
         for tag, name in (("a", "href"), ("link", "href"), ("script", "src")):
@@ -196,7 +183,48 @@ def test_sae_page_lists_latents_and_all_metrics(site: Path) -> None:
     page = Page((site / "sae" / f"{RELU}.html").read_text(encoding="utf-8"))
     for text in ("words such as court, law", "embedding auc", "gain_vs_random", "Training loss", "0.8710"):
         assert text in page.words, text
-    assert any("../latent/" in str(a.get("href")) for a in page.named("a"))
+    listed = page.data("listed")
+    assert [row[0] for row in listed["rows"]] == [17, 22, 27]
+    assert listed["rows"][0] == [
+        17,
+        "words such as court, law",
+        "",
+        "token_list",
+        0.0031,
+        [0.83, 0.71, 0.93],
+        [0.41, 0.2, 0.6],
+    ]
+    assert [c["title"] for c in listed["columns"]] == ["embedding auc", "simulation pearson"]
+    assert all((site / "sae" / listed["folder"] / f"{row[0]}.html").is_file() for row in listed["rows"])
+
+
+def test_best_and_worst_explained_are_ranked_by_a_believed_score(tmp_path: Path) -> None:
+    data = synthetic.site_data()
+    for latent, value in zip(data[TOPK].latents, (0.4, 0.9, 0.6), strict=True):
+        changed = [
+            replace(s, value=value) if (s.scorer, s.metric) == ("embedding", "auc") and not s.floor_kind else s
+            for s in latent.scores
+        ]
+        latent.scores = changed
+    page = (build(tmp_path / "results", data) / "sae" / f"{TOPK}.html").read_text(encoding="utf-8")
+    best, worst = page.split("Best explained")[1].split("Worst explained")
+    assert re.findall(r"/(\d+)\.html", best.split("</figure>")[0]) == ["22"]
+    assert re.findall(r"/(\d+)\.html", worst.split("</figure>")[0]) == ["17"]
+
+
+def test_the_board_is_there_as_data_with_intervals_floors_and_gaps(site: Path) -> None:
+    page = Page((site / "index.html").read_text(encoding="utf-8"))
+    board = page.data("board-data")
+    ids = [s["id"] for s in board["subjects"]]
+    assert ids[:2] == [TOPK, RELU] and {s["id"] for s in board["subjects"] if s["floor"]} == {RANDOM, PCA}
+    columns = [c["id"] for c in board["columns"]]
+    topk = board["subjects"][0]
+    assert topk["cells"][columns.index("fvu")] == [0.237, 0.231, 0.243]
+    assert ids[topk["random"]] == RANDOM and topk["l0"] == 32.0 and topk["d_sae"] == 4608
+    assert all(len(s["cells"]) == len(columns) for s in board["subjects"])
+    assert any(len(c) == 1 and "no_effect" in c[0] for s in board["subjects"] for c in s["cells"])
+    options = {a["value"] for a in page.named("option")}
+    assert {"SmolLM2-135M", "layers.15", "topk", "relu", "4608", ""} <= options and "pca" not in options
 
 
 def nasty_latent() -> tuple[LatentData, TokenReader]:
@@ -230,6 +258,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         assert {tag for tag, _ in page.tags} <= clean, path
         assert all(attrs.get("src") or attrs.get("id") in page.blocks for attrs in page.named("script")), path
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), path
+    listed = Page((site / "sae" / f"{TOPK}.html").read_text(encoding="utf-8")).data("listed")["rows"][0]
+    texts = Page((site / "compare.html").read_text(encoding="utf-8")).data("compare-data")["texts"]
+    assert NASTY["markup"] in listed[1] and all(isinstance(t, dict) for t in texts.values())
     page = Page((site / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
     window = page.data("drawn")["groups"][0]["windows"][0]
     drawn = "".join(piece if isinstance(piece, str) else piece[0] for piece in window["t"])
@@ -269,50 +300,7 @@ def test_a_failing_build_leaves_the_old_site(tmp_path: Path, monkeypatch: pytest
 
 def test_rows_alone_make_a_site(tmp_path: Path) -> None:
     site = build(tmp_path / "results", {})
-    assert len(every_page(site)) == 5
-
-
-def test_names_that_are_no_file_names_cannot_leave_the_site() -> None:
-    assert slug(TOPK) == TOPK
-    for name in ("../../etc/passwd", "a/b", "", ".hidden", "x" * 300, "a b", "a\x00b"):
-        assert re.fullmatch(r"[A-Za-z0-9_-]+", slug(name)), name
-    assert slug("a/b") != slug("a b")
-
-
-def test_windows_merge_only_silence() -> None:
-    assert window_tokens(["a", "b", "c", "d"], [0.0, 0.0, 4.0, 0.00123456], peak=2) == [
-        "ab",
-        ["c", 4.0, 1],
-        ["d", 0.00123, 0],
-    ]
-    assert window_tokens(["a", "b"], [0.0, 0.0], merge=False) == ["a", "b"]
-    assert window_tokens([], []) == [] and window_tokens(["a", "b"], [float("nan")]) == ["ab"]
-    assert simulated_percent([0.2, 0.0, 1.0]) == [20, 0, 100]
-    assert simulated_percent([4.0, 1.0, -1.0]) == [100, 25, 0]  # activation units over their own top
-
-
-@pytest.mark.parametrize("text", [*NASTY.values(), "<!--<script>", "]]>"])
-def test_a_data_block_holds_no_markup_and_reads_back(text: str) -> None:
-    block = str(data_block({"text": visible(text)}))
-    assert not re.search(r"[<>&]", block) and json.loads(block) == {"text": visible(text)}
-    with pytest.raises(ValueError):
-        data_block(float("nan"))
-
-
-@pytest.mark.parametrize("text", [*NASTY.values(), "", " plain ", "日本語"])
-def test_visible_can_be_written_and_is_stable(text: str) -> None:
-    shown = visible(text)
-    assert shown.encode("utf-8") is not None and visible(shown) == shown
-
-
-def test_charts_handle_edges() -> None:
-    point = charts.Point(label="<b>", series=0, x=1.0, y=0.0, y_ci=(-0.1, 0.1), href="a.html")
-    assert "<b>" not in charts.scatter([point], "x", "y", "t") and "&lt;b&gt;" in charts.scatter([point], "x", "y", "t")
-    assert charts.scatter([], "x", "y", "t") == "" and charts.bars([0, 0], ("a", "b"), "t") == ""
-    assert charts.interval_bar(1.0, None, None, None, (0.0, 0.0)) == ""
-    assert charts.lines([("a", [1, 2], [float("nan"), 1.0])], "x", "t") == ""
-    wide = charts.scatter([point, charts.Point(label="b", series=-1, x=100.0, y=3.0)], "x", "y", "t")
-    assert "x (log)" in wide and "y (log)" not in wide
+    assert len(every_page(site)) == 6
 
 
 def test_newest_artefact_last_and_incomplete_ones_ignored(tmp_path: Path) -> None:
@@ -385,15 +373,3 @@ def test_artefacts_of_the_newest_run_are_read_whole(tmp_path: Path) -> None:
     assert [f.code for f in found.failures] == ["no_hard_negative"] and sae.latents[1].exemplars == []
     page = (build(tmp_path, {TOPK: sae}) / "latent" / TOPK / "99.html").read_text(encoding="utf-8")
     assert "No explanation was made" in page and "There are no windows" in page
-
-
-def test_token_reader_puts_a_split_character_at_its_last_token(tmp_path: Path) -> None:
-    from tiny import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    reader = read_tokenizer(["", str(tmp_path)])
-    ids = tokenizer.encode("aé👍", add_special_tokens=False)
-    assert reader.window(ids) == ["a", "", "é", "", "", "", "👍"]
-    assert reader.piece(ids[1]) == "\ufffd"
-    assert read_tokenizer(["/no/such/folder"]).window([5, 6]) == ["⟨5⟩", "⟨6⟩"]
