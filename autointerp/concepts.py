@@ -16,7 +16,7 @@ from sae.errors import DataError
 from sae.manifest import artefact_dir, is_complete, key_of, sha256_file, writing
 
 BANK = Path(__file__).with_name("concepts.txt")
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 KIND = "concepts"
 
 

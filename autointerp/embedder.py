@@ -1,7 +1,8 @@
 """Sentence embeddings of the default judge: all-MiniLM-L6-v2 (384 numbers per text), run offline from its wheel.
 
-Mean pooling over the attention mask, then unit norm, as the model's card prescribes. One of four places that touch
-``transformers``; the model is loaded on first use. Letters: n texts, T tokens of the longest text in a batch, E = 384.
+Mean pooling over the attention mask, then unit norm, as the model's card prescribes. The model runs in float64: in
+float32 the last bits of a vector hang on which texts share its batch, and a run that was interrupted embeds in other
+batches than one that was not. One of four places that touch ``transformers``; the model is loaded on first use. Letters: n texts, T tokens of the longest text in a batch, E = 384.
 """
 
 import logging
@@ -76,7 +77,7 @@ class Embedder:
         hf_logging.disable_progress_bar()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = AutoModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
+            model = AutoModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float64)
         finally:
             if bars:
                 hf_logging.enable_progress_bar()
@@ -112,10 +113,10 @@ class Embedder:
         with torch.inference_mode():
             hidden_nTE = self._model(
                 input_ids=padded.to(self.device), attention_mask=mask.to(self.device)
-            ).last_hidden_state.float()
-            weights = mask.to(self.device)[:, :, None].float()
+            ).last_hidden_state
+            weights = mask.to(self.device)[:, :, None].double()
             mean = (hidden_nTE * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-            unit = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+            unit = torch.nn.functional.normalize(mean, dim=1).float().cpu().numpy()
         for row, i in enumerate(batch):
             self._known[texts[i]] = unit[row]
 

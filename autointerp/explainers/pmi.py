@@ -41,7 +41,7 @@ class Pmi:
     """Labels of the concept bank ranked by pointwise mutual information with the latent's windows."""
 
     name: ClassVar[str] = "pmi"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"client:continuation", "embedder"})
 
     def __init__(self, *, active: int = 4, silent: int = 2, shortlist: int = 5, window_tokens: int = 24) -> None:

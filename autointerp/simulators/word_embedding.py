@@ -19,7 +19,7 @@ class WordEmbedding:
     """Cosine of word and explanation, scale UNIT."""
 
     name: ClassVar[str] = "word_embedding"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"embedder"})
 
     def simulate_many(self, pairs: list[SimulationPair], ctx: ScoreContext) -> list[Simulation]:

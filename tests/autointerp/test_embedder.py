@@ -59,6 +59,14 @@ def test_it_is_the_mean_over_the_mask(folder: Path) -> None:
         assert row == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5), text
 
 
+def test_no_bit_hangs_on_the_batch(folder: Path) -> None:
+    """A resumed run embeds in other batches than an undisturbed one and must reach the same scores."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size=n)) for n in rng.integers(1, 40, size=200)]
+    together, alone = Embedder(folder).embed(texts), Embedder(folder)
+    assert all(np.array_equal(alone.embed([text])[0], row) for text, row in zip(texts, together, strict=True))
+
+
 def test_a_text_is_embedded_once_and_remembered_vectors_are_used(folder: Path) -> None:
     embedder = Embedder(folder)
     first = embedder.embed(TEXTS)
