@@ -50,7 +50,8 @@ class Gate:
     async def __aexit__(self, *_: object) -> None:
         async with self.changed:
             self.running -= 1
-            self.changed.notify_all()
+            # As many as there are places: waking all of thousands for each place is quadratic.
+            self.changed.notify(max(0, int(self.limit) - self.running))
 
     def success(self) -> None:
         self.limit = min(float(self.most), self.limit + 1 / self.limit)
