@@ -7,13 +7,13 @@ RESULTS ?= results
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check env lint types imports bench gpu site interop clean
+.PHONY: demo test check env lint types imports bench gpu site browser interop clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
 
 test: env  ## unit, numeric and contract tests; no network, no key, no GPU
-	$(PY) -m pytest -m "not gpu and not llm and not assets and not slow"
+	$(PY) -m pytest -m "not gpu and not llm and not assets and not slow and not browser"
 
 check: env lint types imports test  ## everything that CI demands, but the marked tests
 
@@ -36,6 +36,10 @@ gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, then the 
 
 site: env  ## rebuild leaderboard and pages from the rows
 	$(PY) -m evals.leaderboard --root $(RESULTS)
+
+browser: env  ## the pages in a real Chromium (Debian: apt-get install chromium); skipped where there is none
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	$(PY) -m pytest -m browser tests/browser
 
 interop: env  ## goldens anew by SAELens, dictionary_learning, sparsify and Llamascopium, each in its own environment
 	PYTHON=$(PYTHON) tests/interop/rebuild.sh $(PY)
