@@ -36,8 +36,8 @@ from sae.errors import DataError, NoAnswer
 from sae.manifest import artefact_dir, canonical_json, content_of, is_complete, key_of, read_manifest, rng, writing
 from sae.plugins import find
 
-EXPLAIN_VERSION = 1
-SCORE_VERSION = 1
+EXPLAIN_VERSION = 2
+SCORE_VERSION = 2
 CHECK_VERSION = 1
 CHECK_DESCRIPTIONS = 12
 SHUFFLED = "shuffled"
