@@ -204,7 +204,7 @@ def dense_probe(
         _, _, basis = svd(x, full_matrices=False)
         x, x_test = x @ basis.T, x_test @ basis.T
     y = np.asarray(y_train_N)
-    fold_N = _folds(np.asarray(group_train_N), y)
+    fold_N = grouped_folds(np.asarray(group_train_N), y)
     losses = [_cross_validated(x, y, fold_N, c) for c in DENSE_CS]
     best = DENSE_CS[int(np.argmin(losses))]
     model = _logistic(x, y, best)
@@ -212,7 +212,7 @@ def dense_probe(
     return DenseProbe(score_logits(model.decision_function(x_test), y_test_N), float(train.loss_N.mean()), best)
 
 
-def _folds(group_N: np.ndarray, y: np.ndarray) -> np.ndarray:
+def grouped_folds(group_N: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Fold 0 ... 2 of each row; whole groups, classes as even as the groups allow."""
     from sklearn.model_selection import StratifiedGroupKFold
 

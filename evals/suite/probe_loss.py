@@ -13,6 +13,7 @@ import numpy as np
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.probe_activations import ProbeActivations, ProbeConfig, TaskSplit
+from evals.probe_units import Weights, group_weights, sums_by_unit, weighted_auc
 from evals.results import Estimate, Metric
 from sae.config import to_dict
 from sae.manifest import rng
@@ -163,34 +164,14 @@ def _by_task(
     return scored
 
 
-def _sums(unit_N: np.ndarray, columns: Sequence[np.ndarray], n_units: int) -> np.ndarray:
-    """[U, 1 + columns]: rows and sums per unit."""
-    counted = (np.ones(len(unit_N)), *columns)
-    return np.stack([np.bincount(unit_N, weights=c, minlength=n_units) for c in counted], axis=1)
-
-
-def weighted_auc(logit_N: np.ndarray, label_N: np.ndarray, weight_RN: np.ndarray) -> np.ndarray:
-    """[R]: share of (positive, negative) pairs in the right order, ties one half, rows counted ``weight`` times; NaN
-    where a class has no weight."""
-    order = np.argsort(logit_N, kind="stable")
-    value, positive = logit_N[order], label_N[order] > 0
-    w = weight_RN[:, order].astype(np.float64)
-    first = np.flatnonzero(np.concatenate([[True], value[1:] != value[:-1]]))  # start of each run of equal logits
-    pos = np.add.reduceat(np.where(positive, w, 0.0), first, axis=1)
-    neg = np.add.reduceat(np.where(positive, 0.0, w), first, axis=1)
-    below = np.cumsum(neg, axis=1) - neg
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((pos * (below + neg / 2)).sum(axis=1) / (pos.sum(axis=1) * neg.sum(axis=1)))
-
-
-def task_values(entries: Sequence[Scored], weights: "_Weights") -> dict[str, np.ndarray]:
+def task_values(entries: Sequence[Scored], weights: Weights) -> dict[str, np.ndarray]:
     """[1 + R] per metric: the value, then its resamples; means over the split seeds, same weights for all metrics."""
     per_seed: list[dict[str, np.ndarray]] = []
     for e in entries:
         names = sorted(e.loss)
         columns = [*(e.loss[name] for name in names), ((e.logit > 0) == (e.label > 0)).astype(np.float64)]
-        sums = weights.matrix @ _sums(e.unit, columns, weights.n_units)
-        train = weights.matrix @ _sums(e.train_unit, [e.train_loss], weights.n_units)
+        sums = weights.matrix @ sums_by_unit(e.unit, columns, weights.n_units)
+        train = weights.matrix @ sums_by_unit(e.train_unit, [e.train_loss], weights.n_units)
         with np.errstate(invalid="ignore", divide="ignore"):
             means = sums[:, 1:] / sums[:, :1]
             found = {name: means[:, i] for i, name in enumerate((*names, "probe_acc"))}
@@ -205,22 +186,10 @@ def task_values(entries: Sequence[Scored], weights: "_Weights") -> dict[str, np.
     return values
 
 
-class _Weights(NamedTuple):
-    """How often each group of a task occurs: once in the first row (the value), then by resamples."""
-
-    matrix: np.ndarray
-    n_units: int
-
-
-def _weights(entries: Sequence[Scored], task: str, ctx: EvalContext) -> _Weights:
-    """Multinomial over the groups that any split of the task uses; depends on no subject."""
-    used = np.unique(np.concatenate([np.concatenate([e.unit, e.train_unit]) for e in entries]))
-    n_units = int(used.max()) + 1
-    drawn = uncertainty.unit_weights(len(used), rng(ctx.seed, "probe_loss", task), uncertainty.resamples_of(ctx.preset))
-    matrix = np.zeros((len(drawn) + 1, n_units))
-    matrix[0, used] = 1.0
-    matrix[1:, used] = drawn
-    return _Weights(matrix, n_units)
+def _weights(entries: Sequence[Scored], task: str, ctx: EvalContext) -> Weights:
+    """Over the groups that any split of the task uses; depends on no subject."""
+    units = [side for e in entries for side in (e.unit, e.train_unit)]
+    return group_weights(units, rng(ctx.seed, "probe_loss", task), uncertainty.resamples_of(ctx.preset))
 
 
 def _add_rows(
@@ -273,7 +242,7 @@ def _details(scored: dict[str, list[Scored]]) -> "pd.DataFrame":
     for task, entries in scored.items():
         for seed_index, e in enumerate(entries):
             units, inverse = np.unique(e.unit, return_inverse=True)
-            sums = _sums(inverse, list(e.loss.values()), len(units))
+            sums = sums_by_unit(inverse, list(e.loss.values()), len(units))
             share = 1.0 / (len(e.unit) * len(entries))
             columns: dict[str, Any] = {"task": task, "split_seed": seed_index, "group": units, "feature": e.feature}
             for i, name in enumerate(e.loss, start=1):

@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-EVALS = {"reconstruction", "downstream_loss", "probe_loss", "n2g", "ablation_sparsity", "explanation"}
+EVALS = {
+    "reconstruction", "downstream_loss", "probe_loss", "n2g", "ablation_sparsity", "explanation", "sparse_probing",
+}  # fmt: skip
 
 
 def command(root: Path, world: list[str], *more: str) -> list[str]:
