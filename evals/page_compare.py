@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from evals.board import Board, BoardSubject
+from evals.board import Board
 from evals.gains import Draws
 from evals.latent_page import headline_text
 from evals.page_board import board_data, pair_differences, same_place
 from evals.page_data import SaeData
 from evals.page_text import slug
 
-MAX_DECODER = 2**26
+MAX_DECODER = 2**25
 """Numbers in a decoder (F x D) up to which its latents are matched: above it a pair would take minutes of the build."""
 MAX_MATCHED = 256
 """Explained latents of an SAE that are matched, the first by number."""
@@ -39,34 +39,40 @@ def decoder(root: Path, sae_id: str) -> "np.ndarray | None":
     return np.asarray(rows_FD / np.maximum(np.linalg.norm(rows_FD, axis=1, keepdims=True), 1e-12))
 
 
-def matches(latents: list[int], from_FD: "np.ndarray", to_FD: "np.ndarray") -> list[list[Any]]:
-    """[latent, its nearest latent there, cosine] by decoder direction, the closest pairs first; ties by latent."""
-    wanted = [i for i in latents if 0 <= i < len(from_FD)]
-    if not wanted or not len(to_FD):
+def matches(latents: list[int], rows_ND: "np.ndarray", to_FD: "np.ndarray") -> list[list[Any]]:
+    """[latent, its nearest latent there, cosine] by decoder direction, the closest pairs first; ties by latent.
+
+    ``rows_ND``: unit decoder rows of ``latents``; ``to_FD`` those of all latents of the other SAE.
+    """
+    if not latents or not len(to_FD):
         return []
-    cosine_NF = from_FD[wanted] @ to_FD.T
+    cosine_NF = rows_ND @ to_FD.T
     best_N = cosine_NF.argmax(axis=1)
-    found = [[i, int(j), round(float(cosine_NF[n, j]), 3)] for n, (i, j) in enumerate(zip(wanted, best_N, strict=True))]
+    found = [
+        [i, int(j), round(float(cosine_NF[n, j]), 3)] for n, (i, j) in enumerate(zip(latents, best_N, strict=True))
+    ]
     return sorted(found, key=lambda m: (-m[2], m[0]))
 
 
 def _matched_pairs(root: Path, board: Board, data: Mapping[str, SaeData]) -> dict[str, list[list[Any]]]:
-    """``"i-j"`` -> matches of the explained latents of subject i among all latents of j, in both directions."""
-    explained = {
-        s.sae_id: [x.latent for x in data[s.sae_id].latents][:MAX_MATCHED] for s in board.subjects if s.sae_id in data
-    }
-    loaded = {i: rows for i in explained if (rows := decoder(root, i)) is not None}
+    """``"i-j"`` -> matches of the explained latents of subject i among all latents of j, in both directions.
+
+    Decoders are read twice, one at a time: twenty of them at once would not fit a small machine.
+    """
+    wanted: dict[int, tuple[list[int], np.ndarray]] = {}
+    for i, subject in enumerate(board.subjects):
+        latents = [x.latent for x in data[subject.sae_id].latents] if subject.sae_id in data else []
+        if latents and (rows_FD := decoder(root, subject.sae_id)) is not None:
+            kept = [n for n in latents if 0 <= n < len(rows_FD)][:MAX_MATCHED]
+            wanted[i] = kept, rows_FD[kept]
     found = {}
-
-    def fit(a: BoardSubject, b: BoardSubject) -> bool:
-        both = a.sae_id in loaded and b.sae_id in loaded and a.sae_id != b.sae_id
-        return both and same_place(a, b) and loaded[a.sae_id].shape[1] == loaded[b.sae_id].shape[1]
-
-    for i, a in enumerate(board.subjects):
-        for j, b in enumerate(board.subjects):
-            if fit(a, b) and (pairs := matches(explained[a.sae_id], loaded[a.sae_id], loaded[b.sae_id])):
-                found[f"{i}-{j}"] = pairs
-    return found
+    for j, other in enumerate(board.subjects):
+        partners = [i for i in wanted if i != j and same_place(board.subjects[i], other)]
+        to_FD = decoder(root, other.sae_id) if partners else None
+        for i in partners:
+            if to_FD is not None and to_FD.shape[1] == wanted[i][1].shape[1]:
+                found[f"{i}-{j}"] = matches(*wanted[i], to_FD)
+    return {key: found[key] for key in sorted(found) if found[key]}
 
 
 def compare_context(root: Path, board: Board, data: Mapping[str, SaeData], draws: Draws | None) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def compare_context(root: Path, board: Board, data: Mapping[str, SaeData], draws
     texts = {
         str(i): {str(x.latent): headline_text(x) for x in data[s.sae_id].latents}
         for i, s in enumerate(board.subjects)
-        if i in sides
+        if i in sides and s.sae_id in data
     }
     drawn = {"pairs": pair_differences(board, draws), "matched": matched, "texts": texts}
     return {"drawn": (board_data(board) if board.subjects else {"columns": [], "subjects": []}) | drawn}

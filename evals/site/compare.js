@@ -50,7 +50,7 @@
     if (!pairs) return el("p", { class: "note" }, "There is nothing to match: both need their weights, explained latents of A, and the same hookpoint.");
     const folder = (s) => `latent/${s.href.replace(/^sae\//, "").replace(/\.html$/, "")}/`;
     const latent = (side, number) => {
-      const text = all.texts[side][number];
+      const text = (all.texts[side] || {})[number];
       const label = text === undefined ? String(number) : el("a", { href: `${folder(all.subjects[side])}${number}.html` }, String(number));
       return { node: el("span", {}, label, text ? el("span", { dir: "auto" }, ` ${text}`) : null) };
     };

@@ -40,7 +40,7 @@ def test_latents_are_matched_by_decoder_direction(tmp_path: Path) -> None:
         save_file({"W_dec_FD": weights}, tmp_path / "saes" / name / "sae.safetensors")
     one, other = decoder(tmp_path, "one"), decoder(tmp_path, "other")
     assert one is not None and other is not None
-    assert matches([0, 5, 11, 99], one, other) == [[i, int(np.argmax(order == i)), 1.0] for i in (0, 5, 11)]
+    assert matches([0, 5, 11], one[[0, 5, 11]], other) == [[i, int(np.argmax(order == i)), 1.0] for i in (0, 5, 11)]
     assert decoder(tmp_path, "../saes/one") is None and decoder(tmp_path, "absent") is None
 
 
