@@ -27,7 +27,7 @@ COLUMNS = (
     ("scores.base_rate", "pi: share of the grid windows of the split score on which the latent is active"),
     ("scores.floor", "the same metric for another latent's explanation on the same windows (shuffled)"),
     ("scores.judge_weak", "the judge failed its check on known features: shown, never ranked"),
-    ("scores.accuracy", "intruder: share of trials in which the one silent window of five was found; base_rate: chance"),
+    ("scores.accuracy", "intruder: share of trials in which the silent window of five was found; base_rate = chance"),
     ("score_items.verdict", "null if the item failed; failures are never counted as answers"),
     ("score_items.mask", "fuzzing: the tokens shown marked; a positive window is judged under right and wrong marks"),
     ("score_items.positive", "fuzzing: the marks are right; intruder: false, for the item is the silent window"),

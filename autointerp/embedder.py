@@ -2,7 +2,8 @@
 
 Mean pooling over the attention mask, then unit norm, as the model's card prescribes. The model runs in float64: in
 float32 the last bits of a vector hang on which texts share its batch, and a run that was interrupted embeds in other
-batches than one that was not. One of four places that touch ``transformers``; the model is loaded on first use. Letters: n texts, T tokens of the longest text in a batch, E = 384.
+batches than one that was not. One of four places that touch ``transformers``; the model is loaded on first
+use. Letters: n texts, T tokens of the longest text in a batch, E = 384.
 """
 
 import logging
