@@ -3,7 +3,7 @@
 N tokens, D = d_in, F = d_sae.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -29,6 +29,7 @@ NEEDS = frozenset(
         "interp",  # stores explain, calibrate, score and the subject's latent cache
         "probes",  # activations at the last token of labelled prompts
         "scores",  # finished autointerp scores of the subject
+        "peers",  # SAEs of the same run trained alike but for the seed; without one the evaluation does not apply
     }
 )
 
@@ -164,6 +165,8 @@ class EvalContext:
     """evals.probe_activations.ProbeActivations."""
     scores: "Path | None" = None
     """Folder of finished scores (autointerp.pipeline.open_scores)."""
+    peers: "Sequence[Subject]" = ()
+    """Other seeds of the subject among those measured together."""
     shared: dict[str, Any] = field(default_factory=dict)
     """Results that do not depend on the subject (clean losses, dense probes, ...), kept for the whole run."""
 

@@ -22,7 +22,7 @@ from sae.manifest import read_manifest, rng
 if TYPE_CHECKING:
     import pandas as pd
 
-OWN_INPUTS = ("sae", "latents", "exemplars", "scores")
+OWN_INPUTS = ("sae", "latents", "exemplars", "scores", "peers")
 """Inputs that are a subject's own by nature; all others must be equal for two rows to be compared."""
 SAMPLE_FIELDS = ("seed",)
 """Configuration that draws another sample of the same truth: such rows are compared, but not paired."""
@@ -60,9 +60,9 @@ class Measured:
 
 @cache
 def is_per_latent(evaluation: str) -> bool:
-    """Does this evaluation resample latents? True of those that read explained latents."""
+    """Does this evaluation resample latents? True of those that read explained latents or other seeds."""
     try:
-        return bool(plugins.find("evals.suite", evaluation).needs & {"interp", "scores"})
+        return bool(plugins.find("evals.suite", evaluation).needs & {"interp", "scores", "peers"})
     except UnknownPlugin:  # rows of an outside plug-in: only its own sums could say
         return False
 

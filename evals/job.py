@@ -14,6 +14,7 @@ from evals.measure import Measurement, select
 from evals.probe_activations import ProbeActivations, ProbeConfig, build_probes
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
+from evals.seeds import peers_of
 from evals.stages import Pipeline, free_disk_gb, lm_description
 from sae import console, plugins
 from sae.config import to_dict
@@ -121,6 +122,7 @@ def _measurement(cfg: RunConfig, stages: Pipeline, interpretation: Interpretatio
         load_lm=stages.lm_float32,
         device=cfg.device,
         force=cfg.force,
+        peers=lambda subject: peers_of(subject, stages.subjects),
     )
 
 

@@ -40,6 +40,8 @@ class Measurement:
     load_lm: Callable[[], Any]
     device: str = "cpu"
     force: bool = False
+    peers: Callable[[Subject], Sequence[Subject]] = lambda subject: ()
+    """Other seeds of a subject among those of this run."""
     shared: dict[str, Any] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
 
@@ -57,6 +59,7 @@ class Measurement:
             latents=self.latents(sae_id) if "interp" in needs and has_latents else None,
             probes=self.parts["probes"]() if "probes" in needs else None,
             scores=self.scores(sae_id) if "scores" in needs and has_latents else None,
+            peers=self.peers(subject) if "peers" in needs else (),
             shared=self.shared,
         )
 
@@ -87,6 +90,8 @@ class Measurement:
         for evaluation in evaluations:
             with self.log.stage(f"eval: {evaluation.name}") as stage:
                 fitting = [s for s in subjects if evaluation.uses <= s.provides]
+                if "peers" in evaluation.needs:
+                    fitting = [s for s in fitting if self.peers(s)]
                 made = []
                 for subject in fitting:
                     try:

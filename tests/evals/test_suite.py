@@ -64,6 +64,11 @@ class World:
         return build_probes(self.root, self.lm, self.hookpoint,
                             ProbeConfig(own=(f"yes={path}",), cap_rows=120, max_tokens=16, seeds=(0,)))
 
+    def twin(self) -> Any:
+        """The trained SAE from another seed."""
+        train = memory_store(self.lm, self.hookpoint, rows=48, seed=1, split="train")
+        return topk_subject(self.lm, self.hookpoint, train, seed=1, steps=200)
+
     def latents(self) -> Any:
         """Latent cache of the trained SAE on held-out text."""
         from autointerp.latent_cache import build_latents
@@ -88,6 +93,8 @@ class World:
             more["probes"] = self._once("probes", self.probes)
         if "interp" in evaluation.needs:
             more["latents"] = self._once("latents", self.latents)
+        if "peers" in evaluation.needs:
+            more["peers"] = [self._once("twin", self.twin)]
         return evaluation.run(context(self.lm, self.hookpoint, self.store, subject, self.root, shared, **more))
 
 
