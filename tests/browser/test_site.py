@@ -229,3 +229,38 @@ def test_the_first_page_is_light_and_quick(open_page: Open, site: Path) -> None:
 def test_without_scripts_the_tables_stay(open_page: Open) -> None:
     page = open_page("index.html", java_script_enabled=False)
     assert "0.237" in str(page.text_content("#board")) and page.locator("noscript").count() == 1
+
+
+def test_own_text_and_a_push_through_the_server(browser: Any, tiny_lm: Any, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="pip install saescope[serve]")
+    from live_run import live_run, served
+
+    live = live_run(tmp_path, tiny_lm)
+    with served(tmp_path, live) as port:
+        page, problems = browser.new_page(), []
+        page.on("console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request",
+            lambda r: problems.append(r.url) if f"//127.0.0.1:{port}/" not in r.url and r.url[:5] != "data:" else None,
+        )
+        page.goto(f"http://127.0.0.1:{port}/")
+        text = '<img src=x onerror=alert(1)> "שלום"'
+        page.fill("#text", text)
+        page.click("#go")
+        page.locator("#tokens button").first.wait_for()
+        pieces = page.locator("#tokens button").all_text_contents()
+        assert "".join(pieces).startswith("<img src=x onerror=alert(1)>") and page.locator("main img").count() == 0
+        page.locator("#tokens button").nth(3).click()
+        assert 0 < page.locator("#at tbody tr").count() <= 4
+        page.locator("#latents").get_by_text("push").first.click()
+        page.fill("#strength", "5")
+        page.locator("#push button").click()
+        page.locator("#steered figure").first.wait_for()
+        assert page.locator("#steered li").count() == 20
+        sides = page.locator("#steered ol").all_text_contents()
+        assert sides[0] != sides[1] and problems == []
+        page.fill("#text", "a" * 400)  # too many tokens: the answer says so
+        page.click("#go")
+        page.get_by_text("at most 128 are read").wait_for()
+        page.close()
