@@ -30,6 +30,7 @@ NEEDS = frozenset(
         "probes",  # activations at the last token of labelled prompts
         "scores",  # finished autointerp scores of the subject
         "peers",  # SAEs of the same run trained alike but for the seed; without one the evaluation does not apply
+        "truth",  # a known dictionary and data made from it; without one the evaluation does not apply
     }
 )
 
@@ -167,6 +168,8 @@ class EvalContext:
     """Folder of finished scores (autointerp.pipeline.open_scores)."""
     peers: "Sequence[Subject]" = ()
     """Other seeds of the subject among those measured together."""
+    truth: Any = None
+    """evals.truth.Truth."""
     shared: dict[str, Any] = field(default_factory=dict)
     """Results that do not depend on the subject (clean losses, dense probes, ...), kept for the whole run."""
 

@@ -32,7 +32,8 @@ class Measurement:
     hookpoint: str
     log: RunLog
     parts: Mapping[str, Callable[[], Any]]
-    """Makers of what evaluations need, by EvalContext field: stores, probes; called on first use."""
+    """Makers of what evaluations need, by EvalContext field: stores, probes, truth (if there is one); called on first
+    use."""
     latents: Callable[[str], Any]
     """Latent cache of a subject, or None."""
     scores: Callable[[str], "Path | None"]
@@ -60,6 +61,7 @@ class Measurement:
             probes=self.parts["probes"]() if "probes" in needs else None,
             scores=self.scores(sae_id) if "scores" in needs and has_latents else None,
             peers=self.peers(subject) if "peers" in needs else (),
+            truth=self.parts["truth"]() if "truth" in needs else None,
             shared=self.shared,
         )
 
@@ -90,8 +92,11 @@ class Measurement:
         for evaluation in evaluations:
             with self.log.stage(f"eval: {evaluation.name}") as stage:
                 fitting = [s for s in subjects if evaluation.uses <= s.provides]
+                why = ""
+                if "truth" in evaluation.needs and "truth" not in self.parts:
+                    fitting, why = [], "; this run has no known dictionary"
                 if "peers" in evaluation.needs:
-                    fitting = [s for s in fitting if self.peers(s)]
+                    fitting, why = [s for s in fitting if self.peers(s)], "; SAEs with other seeds in this run"
                 made = []
                 for subject in fitting:
                     try:
@@ -101,7 +106,7 @@ class Measurement:
                     except Exception as error:  # a failing pair must not take the others with it
                         self.log.fail(subject.info.sae_id, evaluation.name, error)
                 stage.finish(made)
-                stage.note = f"{len(made)} of {len(fitting)} subjects"
+                stage.note = f"{len(made)} of {len(fitting)} subjects{why}"
                 if len(made) < len(fitting):
                     stage.status = "failed"
                 self.folders.extend(made)

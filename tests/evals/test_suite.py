@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from memory_store import Function, context, info, memory_store, topk_subject
+from planted import planted, truth_of
 
 from evals.base import NEEDS, PRESETS, PROVIDES, SAESubject
 from evals.results import Row, write_rows
@@ -93,6 +94,8 @@ class World:
             more["probes"] = self._once("probes", self.probes)
         if "interp" in evaluation.needs:
             more["latents"] = self._once("latents", self.latents)
+        if "truth" in evaluation.needs:
+            more["truth"] = self._once("truth", lambda: truth_of(planted(n=600, d=self.store.d_in, g=24)))
         if "peers" in evaluation.needs:
             more["peers"] = [self._once("twin", self.twin)]
         return evaluation.run(context(self.lm, self.hookpoint, self.store, subject, self.root, shared, **more))

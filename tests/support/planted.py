@@ -3,10 +3,13 @@
 G planted directions, D dimensions, N tokens.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from evals.truth import Truth
 
 
 class Planted(NamedTuple):
@@ -33,3 +36,10 @@ def planted(
     x = codes @ directions + bias + sigma * rng.standard_normal((n, d))
     as_tensor = lambda a: torch.tensor(a, dtype=torch.float32)  # noqa: E731
     return Planted(as_tensor(x), as_tensor(codes), as_tensor(directions), as_tensor(bias))
+
+
+def truth_of(data: Planted, key: str = "planted") -> "Truth":
+    """Planted data as the known dictionary that evals.suite.ground_truth reads."""
+    from evals.truth import Truth
+
+    return Truth(directions_GD=data.directions_GD, bias_D=data.bias_D, x_ND=data.x_ND, codes_NG=data.codes_NG, key=key)
