@@ -209,6 +209,7 @@ def test_light_dark_and_phone(open_page: Open, place: str) -> None:
         page = open_page(
             place, color_scheme=scheme, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
         )
+        page.evaluate("for (const fold of document.querySelectorAll('details')) fold.open = true")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
         colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         page.click("#theme")
