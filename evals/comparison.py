@@ -327,7 +327,7 @@ def _notes(lines: Sequence[Line], fewest_seeds: int) -> list[str]:
             "(python -m sae train --grid seed=0,1,2) and name them together to learn about the recipes."
         )
     l0 = next((line for line in lines if line.metric.split("@")[0] == "l0" and line.delta is not None), None)
-    if l0 is not None and l0.a and l0.b and not 0.95 <= l0.b / l0.a <= 1.05:
+    if l0 is not None and l0.a and l0.b and not 0.99 <= l0.b / l0.a <= 1.01:
         notes.append(
             f"L0 differs ({l0.a:.1f} against {l0.b:.1f}): more active latents lower FVU, ΔCE and KL by themselves; "
             "see the section at equal L0 of the leaderboard."

@@ -54,8 +54,25 @@ class Match(NamedTuple):
     best_F: np.ndarray
     """Largest decoder cosine with any latent of the other."""
     best_back_G: np.ndarray
+    nearest_F: np.ndarray
+    """Where best_F is reached."""
     mutual_F: np.ndarray
     """Are they each other's nearest neighbours, with a cosine of SHARED at least?"""
+
+    def reversed(self) -> "Match":
+        """The same match seen from the other SAE; spares a second assignment of F latents."""
+        n_back = len(self.best_back_G)
+        mutual = np.zeros(n_back, dtype=bool)
+        mutual[self.nearest_F[self.mutual_F]] = True
+        nearest = np.zeros(n_back, dtype=np.int64)
+        nearest[self.nearest_F[self.mutual_F]] = np.flatnonzero(self.mutual_F)  # of the others nothing reads it
+        if self.partner_F is None or self.cos_F is None or self.cos_enc_F is None:
+            return Match(None, None, None, self.best_back_G, self.best_F, nearest, mutual)
+        found = self.partner_F >= 0
+        partner, cos, cos_enc = np.full(n_back, -1, dtype=np.int64), np.zeros(n_back), np.zeros(n_back)
+        partner[self.partner_F[found]] = np.flatnonzero(found)
+        cos[self.partner_F[found]], cos_enc[self.partner_F[found]] = self.cos_F[found], self.cos_enc_F[found]
+        return Match(partner, cos, cos_enc, self.best_back_G, self.best_F, nearest, mutual)
 
 
 def match(dec_FD: Tensor, enc_FD: Tensor, dec_GD: Tensor, enc_GD: Tensor) -> Match:
@@ -73,10 +90,10 @@ def match(dec_FD: Tensor, enc_FD: Tensor, dec_GD: Tensor, enc_GD: Tensor) -> Mat
         back, nearest_back = torch.where(better, top, back), torch.where(better, where + start, nearest_back)
     mutual = (nearest_back[nearest] == torch.arange(len(a))) & (best >= SHARED)
     if max(len(a), len(b)) > MAX_HUNGARIAN:
-        return Match(None, None, None, best.numpy(), back.numpy(), mutual.numpy())
+        return Match(None, None, None, best.numpy(), back.numpy(), nearest.numpy(), mutual.numpy())
     partner = _hungarian((a @ b.T).numpy())
     decoder, encoder = (_pair_cosine(u, v, partner) for u, v in ((dec_FD, dec_GD), (enc_FD, enc_GD)))
-    return Match(partner, decoder, encoder, best.numpy(), back.numpy(), mutual.numpy())
+    return Match(partner, decoder, encoder, best.numpy(), back.numpy(), nearest.numpy(), mutual.numpy())
 
 
 def _hungarian(cos_FG: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ unit of every interval, and each counts the mean over the other seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,7 +93,7 @@ class SeedStability:
 
     def run(self, ctx: EvalContext) -> EvalResult:
         """Rows over all other seeds, per other seed, and per decile of density; one line of details per latent."""
-        from evals.seeds import firing, match
+        from evals.seeds import firing
 
         if not ctx.peers or not all(hasattr(s, "sae") for s in (ctx.subject, *ctx.peers)):
             raise Unsupported(f"{ctx.subject.info.sae_id}: no other seed of this SAE is measured in this run")
@@ -109,13 +108,27 @@ class SeedStability:
             other = firing(ctx, peer, store, rows_B)  # type: ignore[arg-type]
             living = np.flatnonzero(np.asarray(other.sum(axis=0)).ravel())
             if len(alive) and len(living):
-                sides = [t[i].detach().cpu() for s, i in ((ctx.subject.sae, alive), (peer.sae, living))  # type: ignore[attr-defined]
-                         for t in (s.W_dec_FD, s.W_enc_FD)]  # fmt: skip
-                pairs.append(_pair(peer.info.sae_id, match(*sides), fires[:, alive], other[:, living]))
+                found = _matched(ctx, ((ctx.subject, alive), (peer, living)), f"{store.key}.{n_rows}.{ctx.seed}")
+                pairs.append(_pair(peer.info.sae_id, found, fires[:, alive], other[:, living]))
         table = _add_rows(made, pairs, counts_F[alive], ctx)
         details = _details(table, alive, counts_F[alive])
         sizes = {"n_tokens": int(fires.shape[0]), "n_alive": len(alive), "n_peers": len(ctx.peers), "dtype": "float32"}
         return EvalResult(rows=made.rows, details=details, counts=sizes)
+
+
+def _matched(ctx: EvalContext, sides: Sequence[tuple[Any, np.ndarray]], tag: str) -> "Match":
+    """The match of two (subject, alive latents), seen from the first; assigned once per run for both directions."""
+    from evals.seeds import match
+
+    ordered = sorted(sides, key=lambda side: side[0].info.sae_id)
+
+    def build() -> "Match":
+        tensors = [t[alive].detach().cpu() for s, alive in ordered for t in (s.sae.W_dec_FD, s.sae.W_enc_FD)]
+        return match(*tensors)
+
+    ids = [s.info.sae_id for s, _ in ordered]
+    found: Match = ctx.memo(f"seed_match.{ids}.{tag}", build)
+    return found if sides[0][0].info.sae_id == ids[0] else found.reversed()
 
 
 def _pair(sae_id: str, found: "Match", a_NF: "csc_matrix", b_NG: "csc_matrix") -> Pair:
@@ -152,7 +165,7 @@ def _add_rows(made: RowMaker, pairs: Sequence[Pair], counts_F: np.ndarray, ctx: 
     made.add("mmcs", mean((table["mmcs"] + back) / 2, "mmcs"), split="test")
     if "shared_frac" in table:
         _add_deciles(made, table["shared_frac"], counts_F, mean)
-        _add_floor(made, len(counts_F), [len(p.match.best_back_G) for p in pairs], ctx)
+        _add_floor(made, len(counts_F), ctx)
     return table
 
 
@@ -172,26 +185,23 @@ def _add_deciles(made: RowMaker, shared_F: np.ndarray, counts_F: np.ndarray, mea
             made.add("shared_frac", mean(shared_F[part], "decile", str(i)), slice=f"decile={i}", split="test")
 
 
-def _add_floor(made: RowMaker, n_alive: int, others: Sequence[int], ctx: EvalContext) -> None:
+def _add_floor(made: RowMaker, n_alive: int, ctx: EvalContext) -> None:
+    """Two random dictionaries of the SAE's width; one for all seeds, whose alive latents differ by a few."""
     import torch
 
     from evals.seeds import match
     from sae.manifest import seed_of
 
-    width = ctx.subject.info.d_in
+    width, n = ctx.subject.info.d_in, ctx.subject.info.d_sae
 
-    def build(n_other: int) -> Pair:
-        generator = torch.Generator().manual_seed(seed_of(ctx.seed, "seed_stability", "floor", n_alive, n_other))
-        draws = [torch.randn(n, width, generator=generator) for n in (n_alive, n_alive, n_other, n_other)]
-        found = match(*draws)
-        return Pair("random", found, np.zeros(n_alive))
+    def build() -> dict[str, np.ndarray]:
+        generator = torch.Generator().manual_seed(seed_of(ctx.seed, "seed_stability", "floor", n))
+        found = match(*(torch.randn(n, width, generator=generator) for _ in range(4)))
+        return Pair("random", found, np.zeros(n)).values()
 
-    floors = []
-    for n in sorted(set(others)):
-        floors.append(ctx.memo(f"seed_floor.{n_alive}.{n}.{width}.{ctx.seed}", partial(build, n)).values())
+    floor = ctx.memo(f"seed_floor.{n}.{width}.{ctx.seed}", build)
     for metric in ("matched_cos", "shared_frac"):
-        value = float(np.mean([f[metric].mean() for f in floors]))
-        made.add(f"floor_{metric}", Estimate(value=value, n=n_alive), split="test")
+        made.add(f"floor_{metric}", Estimate(value=float(floor[metric].mean()), n=n_alive), split="test")
 
 
 def _details(table: Mapping[str, np.ndarray], alive: np.ndarray, counts_F: np.ndarray) -> "pd.DataFrame | None":

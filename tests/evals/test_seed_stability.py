@@ -98,6 +98,18 @@ def test_the_surplus_of_a_larger_side_is_unmatched():
     assert (match(d[:6], d[:6], d, d).partner_F == np.arange(6)).all()
 
 
+def test_a_match_reversed_is_the_match_of_the_reverse():
+    generator = torch.Generator().manual_seed(0)
+    dec, enc = torch.randn(40, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    dec_b = dec[:30] + 0.5 * torch.randn(30, 16, generator=generator)
+    enc_b = enc[:30] + 0.5 * torch.randn(30, 16, generator=generator)
+    there, back = match(dec, enc, dec_b, enc_b), match(dec_b, enc_b, dec, enc)
+    turned = there.reversed()
+    assert there.mutual_F.any() and not there.mutual_F.all()
+    for name in ("partner_F", "cos_F", "cos_enc_F", "best_F", "best_back_G", "mutual_F"):
+        np.testing.assert_allclose(getattr(turned, name), getattr(back, name), err_msg=name)
+
+
 def test_firing_overlap_is_that_of_sets():
     from scipy.sparse import csc_matrix
 
