@@ -52,7 +52,7 @@ class InterpConfig:
     """Texts per latent and explainer that a language model writes; the best on the split calibrate is scored."""
     scorers: tuple[str, ...] = ("late_interaction", "embedding", "surprisal", "simulation")
     """File names in autointerp/scorers; detection is added when a prompted judge is given."""
-    costly_latents: int | None = 12
+    costly_latents: int | None = 8
     """Of these latents at most so many are scored by `embedding` and `surprisal`, for which every window is a pass of a
     model; the other scorers take all. None: all."""
     simulator: str = "word_embedding"
