@@ -74,10 +74,10 @@ class BoardSubject:
 
     @property
     def short(self) -> str:
-        """Readable name without the LM, which the page states once."""
-        prefix = f"{str(self.fields['lm']).rsplit('/', 1)[-1].lower()}."
-        name = self.sae_id.removeprefix("baseline.").removeprefix(prefix)
-        return name.removeprefix(f"{self.fields['hookpoint']}.") or self.sae_id
+        """Readable name without the LM and the hookpoint, which the page states once."""
+        name = self.sae_id.removeprefix("baseline.")
+        rest = "" if self.is_baseline else name.partition(f"{self.fields['hookpoint']}.")[2]
+        return rest or name
 
 
 @dataclass(frozen=True, kw_only=True)
