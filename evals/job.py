@@ -1,6 +1,7 @@
 """The main job itself: stages, evaluations, publication, summary."""
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def summarise(log: RunLog, paths: Sequence[Path]) -> None:
     rows = [
         (s.name, s.status, f"{s.seconds:.1f}", f"{s.work_seconds:.1f}", f"{s.peak_gb:.2f}", s.note) for s in log.stages
     ]
-    total = sum(s.seconds for s in log.stages)
+    total = time.monotonic() - log.started  # no sum: some stages run inside others
     rows.append(("total", "", f"{total:.1f}", "", "", f"{total / 60:.1f} minutes"))
     columns = ("stage", "status", "seconds", "work s", "peak GB", "what")
     console.table("Where the time went", columns, rows, right=(2, 3, 4))
