@@ -50,18 +50,6 @@ def assert_near(got: dual_grad.DualGradient, want: list[Tensor], limit: float) -
         assert error <= limit, f"{name} is off by {error:.2g}, at most {limit:g}"
 
 
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN, so an element that no program wrote is seen."""
-    real = torch.empty
-
-    def empty(*size: object, **options: object) -> Tensor:
-        made = real(*size, **options)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 SHAPES = {  # N, K, F, D
     "odd": (3, 5, 17, 23), "one slot": (4, 1, 9, 48), "all latents": (3, 7, 7, 100), "one token": (1, 4, 8, 16),
     "three column blocks": (3, 2, 5, 576), "many latents without entries": (2, 3, 60, 20),

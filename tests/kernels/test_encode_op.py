@@ -1,11 +1,10 @@
 """sae.ops.encode_topk through the Triton kernels: values and every gradient against plain dense autograd."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from no_driver import run_without_driver
 from torch import Tensor
 
 from sae import ops
@@ -105,8 +104,7 @@ def test_auto_takes_torch_on_the_cpu_and_triton_never_falls_back() -> None:
 
 
 def test_without_a_driver_triton_is_refused_not_replaced() -> None:
-    """In a process of its own: the interpreter is chosen when the kernels are defined."""
-    program = (
+    run_without_driver(
         "import torch; from sae import ops\n"
         "n, W, b = torch.ones(2, 8), torch.ones(256, 8), torch.zeros(256)\n"
         "try: ops.encode_topk(n, None, W, b, 2, impl='triton')\n"
@@ -114,10 +112,6 @@ def test_without_a_driver_triton_is_refused_not_replaced() -> None:
         "else: raise SystemExit('no error')\n"
         "assert ops.encode_topk(n, None, W, b, 2).values_NK.tolist() == [[8.0, 8.0]] * 2\n"
     )
-    paths = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -46,18 +46,6 @@ def assert_near(got: mse.DecodeError, want: mse.DecodeError, limits: tuple[float
         assert error <= limit, f"{name} is off by {error:.2g}, at most {limit:g}"
 
 
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN, so an element that no program wrote is seen."""
-    real = torch.empty
-
-    def empty(*size: object, **options: object) -> Tensor:
-        made = real(*size, **options)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_dense_float64(shape: tuple[int, int, int, int], nan_filled: None) -> None:
     made = operands(*shape)

@@ -1,11 +1,10 @@
 """The sparse decode of sae_kernels against dense float64; on a CPU under Triton's interpreter (tests/conftest.py)."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from no_driver import run_without_driver
 from torch import Tensor
 
 from sae import ops
@@ -52,18 +51,6 @@ def assert_near(got: tuple[Tensor, ...], want: tuple[Tensor, ...], limit: float)
         assert a.shape == b.shape and bool(torch.isfinite(a).all()), name
         error = float((a.double() - b).abs().max()) / max(float(b.abs().max()), 1e-12)
         assert error <= limit, f"{name} is off by {error:.2g}, at most {limit:g}"
-
-
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN, so an element that no program wrote is seen."""
-    real = torch.empty
-
-    def empty(*size: object, **options: object) -> Tensor:
-        made = real(*size, **options)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", empty)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -173,17 +160,12 @@ def test_auto_takes_torch_on_the_cpu() -> None:
 
 
 def test_without_a_driver_triton_is_refused_not_replaced() -> None:
-    """In a process of its own: the interpreter is chosen when the kernels are defined."""
-    program = (
+    run_without_driver(
         "import torch; from sae import ops\n"
         "try: ops.sparse_decode(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 4), 'triton')\n"
         "except ValueError as error: assert 'cpu' in str(error), error\n"
         "else: raise SystemExit('no error')\n"
     )
-    paths = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

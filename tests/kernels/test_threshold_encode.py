@@ -49,18 +49,6 @@ def assert_is_dense(found: "te.Sparse", u: Tensor, W: Tensor, b: Tensor, bar: Te
     assert bool((found.values_E >= bar[found.indices_E]).all())
 
 
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN, or numbers that would be seen, so an element that no program wrote is noticed."""
-    real = torch.empty
-
-    def empty(*size: object, **options: object) -> Tensor:
-        made = real(*size, **options)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made.fill_(-7)
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_entries_equal_dense_float64(shape: tuple, nan_filled: None) -> None:
     *sizes, dtype, path = shape

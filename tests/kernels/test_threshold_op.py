@@ -1,11 +1,10 @@
 """Operations on codes of free width through the Triton kernels: values and every gradient against dense autograd."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from no_driver import run_without_driver
 from torch import Tensor
 
 from sae import ops, ops_above, ops_gpu
@@ -162,8 +161,7 @@ def test_unsupported_operands_are_named() -> None:
 
 
 def test_without_a_driver_triton_is_refused_not_replaced() -> None:
-    """In a process of its own: the interpreter is chosen when the kernels are defined."""
-    program = (
+    run_without_driver(
         "import torch; from sae import ops\n"
         "n, W, b = torch.ones(2, 8), torch.ones(256, 8), torch.zeros(256)\n"
         "found = ops.encode_relu(n, None, W, b)\n"
@@ -173,10 +171,6 @@ def test_without_a_driver_triton_is_refused_not_replaced() -> None:
         "    except ValueError as error: assert 'cpu' in str(error), error\n"
         "    else: raise SystemExit('no error')\n"
     )
-    paths = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -62,18 +62,6 @@ def compare(n: Tensor, parameters: list[Tensor], k: int, pre_bias: bool, limit: 
         assert error <= limit, f"{name} is off by {error:.2g}, at most {limit:g}"
 
 
-@pytest.fixture
-def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN, so an element that no program wrote is seen."""
-    real = torch.empty
-
-    def empty(*size: object, **options: object) -> Tensor:
-        made = real(*size, **options)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", empty)
-
-
 SHAPES = {  # N, K, F, D
     "odd": (5, 3, 37, 20), "one": (4, 1, 20, 48), "all": (3, 24, 24, 16), "one token": (1, 12, 160, 100),
     "wide": (2, 4, 40, 576), "no token": (0, 3, 20, 8),
