@@ -43,7 +43,7 @@ def run_job(cfg: RunConfig) -> int:
     interpretation = Interpretation(cfg, stages, log) if "scores" in needs else None
     _prepare(stages, interpretation, needs)
     measurement = _measurement(cfg, stages, interpretation, log)
-    measurement.run_all(evaluations, _subjects(cfg, stages))
+    measurement.run_all(evaluations, _subjects(cfg, stages), asked=cfg.evals)
     with log.stage("leaderboard and pages"):
         log.notes["rows"] = measurement.counts()
         log.write()

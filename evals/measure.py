@@ -1,7 +1,7 @@
 """Subjects x evaluations: each pair writes its rows once, a failing pair is reported and the others go on."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from evals.base import Eval, EvalContext, Subject
 from evals.results import DETAILS_FILE, row_dir, write_draws, write_rows
 from evals.run_log import RunLog
 from sae import plugins
-from sae.errors import ConfigError
+from sae.errors import ConfigError, Unsupported
 from sae.manifest import is_complete, key_of, writing
 
 SUITE = "evals.suite"
@@ -87,16 +87,32 @@ class Measurement:
             out.counts.update({"device": self.device, **result.counts})
         return folder
 
-    def run_all(self, evaluations: Sequence[Eval], subjects: Sequence[Subject]) -> None:
-        """Every pair that fits, evaluation by evaluation, so that what one loads serves all subjects."""
+    def fitting(self, evaluation: Eval, subjects: Sequence[Subject]) -> tuple[list[Subject], str]:
+        """Subjects that an evaluation can measure in this run; where there is none, why."""
+        found = [s for s in subjects if evaluation.uses <= s.provides]
+        if not found:
+            return [], "no subject of this run has what it reads"
+        if "truth" in evaluation.needs and "truth" not in self.parts:
+            return [], "this run has no known dictionary"
+        if "peers" in evaluation.needs:
+            return [s for s in found if self.peers(s)], "no SAE of this run differs from another in its seed alone"
+        return found, ""
+
+    def run_all(
+        self, evaluations: Sequence[Eval], subjects: Sequence[Subject], asked: Collection[str] = ()
+    ) -> None:
+        """Every pair that fits, evaluation by evaluation, so that what one loads serves all subjects.
+
+        An evaluation without any is noted; if it is among those ``asked`` for by name, it is a failed task.
+        """
         for evaluation in evaluations:
+            fitting, why = self.fitting(evaluation, subjects)
+            if not fitting:
+                self.log.notes.setdefault("not_applicable", {})[evaluation.name] = why
+                if evaluation.name in asked:
+                    self.log.fail("all subjects", evaluation.name, Unsupported(why))
+                continue
             with self.log.stage(f"eval: {evaluation.name}") as stage:
-                fitting = [s for s in subjects if evaluation.uses <= s.provides]
-                why = ""
-                if "truth" in evaluation.needs and "truth" not in self.parts:
-                    fitting, why = [], "; this run has no known dictionary"
-                if "peers" in evaluation.needs:
-                    fitting, why = [s for s in fitting if self.peers(s)], "; SAEs with other seeds in this run"
                 made = []
                 for subject in fitting:
                     try:
@@ -106,7 +122,7 @@ class Measurement:
                     except Exception as error:  # a failing pair must not take the others with it
                         self.log.fail(subject.info.sae_id, evaluation.name, error)
                 stage.finish(made)
-                stage.note = f"{len(made)} of {len(fitting)} subjects{why}"
+                stage.note = f"{len(made)} of {len(fitting)} subjects"
                 if len(made) < len(fitting):
                     stage.status = "failed"
                 self.folders.extend(made)

@@ -196,7 +196,12 @@ def test_a_run_without_truth_leaves_it_out(tmp_path):
                "latents": lambda i: None, "scores": lambda i: None, "load_lm": None}  # fmt: skip
     lone = Measurement(parts={}, **options)
     lone.run_all([PLUGIN], [oracle()])
-    assert lone.folders == [] and not log.failures
+    assert lone.folders == [] and not log.failures and not log.stages
+    assert log.notes["not_applicable"] == {"ground_truth": "this run has no known dictionary"}
+    lone.run_all([PLUGIN], [oracle()], asked=("ground_truth",))
+    [failure] = log.failures
+    assert failure.task == "ground_truth" and "no known dictionary" in failure.error
+    log.failures.clear()
     known = Measurement(parts={"truth": lambda: TRUTH}, **options)
     known.run_all([PLUGIN], [oracle()])
     assert len(known.folders) == 1 and not log.failures
