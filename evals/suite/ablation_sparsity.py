@@ -232,6 +232,11 @@ class AblationSparsity:
         sizes = {"quick": (16, 24, 8), "paper": (1_024, 64, 16), "tiny": (6, 8, 4)}[preset]
         return {"positions": sizes[0], "latents": sizes[1], "floor_directions": sizes[2], "T": T_POSITIONS}
 
+    def lm_tokens(self, preset: str, n_subjects: int) -> tuple[int, int]:
+        """Tokens (below, above) the hookpoint, for ``--dry-run``: latents, random directions and channels over T."""
+        c = self.config(preset)
+        return 0, n_subjects * c["positions"] * (c["latents"] + 2 * c["floor_directions"]) * c["T"]
+
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
         return {"test": ctx.stores["test"].key}
 

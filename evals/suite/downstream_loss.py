@@ -283,6 +283,10 @@ class DownstreamLoss:
         tokens, every = {"quick": (4_096, 2), "paper": (500_000, 1), "tiny": (1_024, 1)}[preset]
         return {"tokens": tokens, "random_error_every": every, "pretraining_tokens": PRETRAINING_TOKENS}
 
+    def lm_tokens(self, preset: str, n_subjects: int) -> tuple[int, int]:
+        """Tokens (below, above) the hookpoint, for ``--dry-run``: about three passes a subject, PCA included."""
+        return 0, 3 * self.config(preset)["tokens"] * (n_subjects + 1)
+
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
         return {"test": ctx.stores["test"].key}
 

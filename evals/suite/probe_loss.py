@@ -88,6 +88,10 @@ class Scored(NamedTuple):
     feature: int
 
 
+PROMPT_TOKENS = 40
+"""Of a prompt of the shipped tasks, on average (METRICS C.3)."""
+
+
 class ProbeLoss:
     """The plug-in."""
 
@@ -101,6 +105,11 @@ class ProbeLoss:
     def config(self, preset: str) -> dict[str, Any]:
         """The probe set of the preset; own tasks enter through the key of the probe activations."""
         return to_dict(ProbeConfig.of_preset(preset)) | {"resamples": uncertainty.resamples_of(preset)}
+
+    def lm_tokens(self, preset: str, n_subjects: int) -> tuple[int, int]:
+        """Tokens (below, above) the hookpoint, for ``--dry-run``: the prompts, read once for all subjects."""
+        cfg = ProbeConfig.of_preset(preset)
+        return 2 * cfg.cap_rows * len(cfg.tasks) * min(cfg.max_tokens, PROMPT_TOKENS), 0
 
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
         return {"probes": ctx.probes.key}
