@@ -97,7 +97,8 @@ def make_items(
     return items
 
 
-def _count(items: Sequence[ScoreItem]) -> Counts:
+def count_items(items: Sequence[ScoreItem]) -> Counts:
+    """Verdicts yes, verdicts no, failures."""
     hit = sum(item.verdict is True for item in items)
     miss = sum(item.verdict is False for item in items)
     return Counts(hit, miss, len(items) - hit - miss)
@@ -107,7 +108,7 @@ def _group(pairs: Sequence[tuple[Exemplar, ScoreItem]], by: Callable[[Exemplar],
     groups: dict = {}
     for exemplar, item in pairs:
         groups.setdefault(by(exemplar), []).append(item)
-    return {name: _count(groups[name]) for name in sorted(groups)}
+    return {name: count_items(groups[name]) for name in sorted(groups)}
 
 
 def count_cells(exemplars: Sequence[Exemplar], items: Sequence[ScoreItem]) -> Cells:
@@ -120,7 +121,7 @@ def count_cells(exemplars: Sequence[Exemplar], items: Sequence[ScoreItem]) -> Ce
     # Only draws that are uniform inside a stratum may be pooled there.
     uniform = [(e, i) for e, i in negative if e.stratum_share is not None and e.kind in ("silent", e.stratum)]
     if not uniform or any(e.stratum_share is None for e, _ in negative if e.kind == "silent"):
-        strata = {"silent": _count([i for e, i in negative if e.kind == "silent"])}
+        strata = {"silent": count_items([i for e, i in negative if e.kind == "silent"])}
         shares = {"silent": 1.0}
     else:
         strata = _group(uniform, lambda e: e.stratum)
@@ -231,15 +232,20 @@ def cut_scores(
 
     ``values(text, windows)`` gives one number per window; ``identity``: scorer, version, judge.
     """
-    text, failure = job.explanation.text, job.explanation.failure
-    if text is None:
-        code = failure.code if failure else "unsupported"  # a bare pattern has no text to judge by
-        return ScoreResult(scores=null_scores(job, code, metrics, **identity))
-    if not job.exemplars or not job.calibrate:
-        return ScoreResult(scores=null_scores(job, "too_few_positive", metrics, **identity))
+    text = job.explanation.text
+    if text is None or not job.exemplars or not job.calibrate:
+        return unscored(job, metrics, **identity)
     threshold = choose_threshold(values(text, job.calibrate), [e.positive for e in job.calibrate])
     items = make_items(job, job.exemplars, values(text, job.exemplars), threshold, identity["scorer"])
     return ScoreResult(scores=detection_scores(job, items, **identity), items=tuple(items))
+
+
+def unscored(job: ScoreJob, metrics: Sequence[str], **identity: Any) -> ScoreResult:
+    """Null rows of a job that no judge can be asked about: for want of a text to judge by, else of windows."""
+    code = "too_few_positive"
+    if job.explanation.text is None:  # a bare pattern has none
+        code = job.explanation.failure.code if job.explanation.failure else "unsupported"
+    return ScoreResult(scores=null_scores(job, code, metrics, **identity))
 
 
 def null_scores(
@@ -308,29 +314,32 @@ def _rate_rows(job: ScoreJob, cells: Cells, too_many: bool, base: Mapping) -> li
     return rows
 
 
+def cell_row(metric: str, group: str, c: Counts, too_many: bool, base: Mapping, *, positive: bool) -> LatentScore:
+    """Share of yes in one cell with its Wilson interval; in the worst case every failure is a wrong answer."""
+    null = too_many or c.n == 0
+    interval = None if null else wilson(c.hit, c.n)
+    return LatentScore(
+        metric=metric,
+        group=group,
+        value=None if null else c.hit / c.n,
+        ci_low=interval.low if interval else None,
+        ci_high=interval.high if interval else None,
+        value_worst=(c.hit if positive else c.hit + c.failed) / (c.n + c.failed),
+        n_pos=c.n if positive else 0,
+        n_neg=0 if positive else c.n,
+        n_failed=c.failed,
+        null_reason="too_many_failures" if null else None,
+        **base,
+    )
+
+
 def _cell_rows(cells: Cells, too_many: bool, base: Mapping) -> list[LatentScore]:
     """Recall per quantile group and false-positive rate per kind, with Wilson intervals; absent hard kinds as nulls."""
     rows = []
     found = [("recall", f"decile={g}", c, True) for g, c in cells.groups.items() if g >= 0]
     found += [("fpr", f"kind={k}", c, False) for k, c in cells.kinds.items()]
     for metric, group, c, positive in found:
-        null = too_many or c.n == 0
-        interval = None if null else wilson(c.hit, c.n)
-        rows.append(
-            LatentScore(
-                metric=metric,
-                group=group,
-                value=None if null else c.hit / c.n,
-                ci_low=interval.low if interval else None,
-                ci_high=interval.high if interval else None,
-                value_worst=(c.hit if positive else c.hit + c.failed) / (c.n + c.failed),
-                n_pos=c.n if positive else 0,
-                n_neg=0 if positive else c.n,
-                n_failed=c.failed,
-                null_reason="too_many_failures" if null else None,
-                **base,
-            )
-        )
+        rows.append(cell_row(metric, group, c, too_many, base, positive=positive))
     for kind in HARD_KINDS:
         if kind not in cells.kinds:
             rows.append(LatentScore(metric="fpr", group=f"kind={kind}", null_reason="no_hard_negative", **base))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from autointerp.classify import DETECTION_METRICS, detection_scores, null_scores
+from autointerp.classify import DETECTION_METRICS, detection_scores, unscored
 from autointerp.client import Client, Origin
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
 from autointerp.judging import MODES, Mode, Question, Verdict, YesNoJudge, ordered, verdict_item
@@ -51,10 +51,7 @@ class Detection:
                 items = tuple(verdict_item(job.explanation, e, v, self.name) for e, v in said)
                 results.append(ScoreResult(scores=detection_scores(job, items, **identity), items=items))
                 continue
-            code = "too_few_positive"
-            if job.explanation.text is None:  # a bare pattern has no text to judge by
-                code = job.explanation.failure.code if job.explanation.failure else "unsupported"
-            results.append(ScoreResult(scores=null_scores(job, code, self.metrics, **identity)))
+            results.append(unscored(job, self.metrics, **identity))
         return results
 
     def verdicts(

@@ -11,13 +11,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from autointerp.classify import MAX_FAILED_SHARE, Counts, base_score, beta_draws, null_scores, positives_of
+from autointerp.classify import (
+    MAX_FAILED_SHARE,
+    Counts,
+    base_score,
+    beta_draws,
+    cell_row,
+    count_items,
+    positives_of,
+    unscored,
+)
 from autointerp.client import Origin
 from autointerp.fuzz import NEGATIVES, WRONG, Marked, marked_windows
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
 from autointerp.judging import MODES, Mode, Question, YesNoJudge, verdict_item
 from autointerp.prompts import load_prompt, marked_text
-from autointerp.rates import auc, auc_interval, percentiles, wilson
+from autointerp.rates import auc, auc_interval, percentiles
 from autointerp.records import LatentScore, ScoreItem
 from sae.config import require
 from sae.errors import Unsupported
@@ -61,10 +70,7 @@ class Fuzzing:
         results = []
         for i, job in enumerate(jobs):
             if i not in said:
-                code = "too_few_positive"
-                if job.explanation.text is None:  # a bare pattern has no text to judge by
-                    code = job.explanation.failure.code if job.explanation.failure else "unsupported"
-                results.append(ScoreResult(scores=null_scores(job, code, self.metrics, **identity)))
+                results.append(unscored(job, self.metrics, **identity))
                 continue
             items = tuple(
                 replace(verdict_item(job.explanation, m.exemplar, v, self.name), mask=m.mask, positive=m.positive)
@@ -87,12 +93,6 @@ def _shown(marked: Marked, tokenizer: Any) -> str:
     return marked_text(tokenizer, marked.exemplar.token_ids, [i in on for i in range(len(marked.exemplar.token_ids))])
 
 
-def _count(items: Sequence[ScoreItem]) -> Counts:
-    hit = sum(i.verdict is True for i in items)
-    miss = sum(i.verdict is False for i in items)
-    return Counts(hit, miss, len(items) - hit - miss)
-
-
 def _rows(
     job: ScoreJob, drawn: Sequence[Marked], items: Sequence[ScoreItem], identity: dict[str, Any]
 ) -> list[LatentScore]:
@@ -100,10 +100,11 @@ def _rows(
     alike, AUC where the judge gave numbers."""
     pairs = list(zip(drawn, items, strict=True))
     groups = {
-        g: _count([i for m, i in pairs if m.positive and m.exemplar.group == g])
+        g: count_items([i for m, i in pairs if m.positive and m.exemplar.group == g])
         for g in sorted({m.exemplar.group for m in drawn if m.positive})
     }
-    kinds = {k: _count([i for m, i in pairs if m.kind == k]) for k in NEGATIVES if any(m.kind == k for m in drawn)}
+    present = [k for k in NEGATIVES if any(m.kind == k for m in drawn)]
+    kinds = {k: count_items([i for m, i in pairs if m.kind == k]) for k in present}
     every = [*groups.values(), *kinds.values()]
     n_failed = sum(c.failed for c in every)
     too_many = n_failed > MAX_FAILED_SHARE * len(items)
@@ -116,7 +117,7 @@ def _rows(
     rows = _aggregates(groups, kinds, too_many, counted)
     for metric, cells in (("recall", {f"decile={g}": c for g, c in groups.items() if g >= 0}),
                           ("fpr", {f"kind={k}": c for k, c in kinds.items()})):  # fmt: skip
-        rows += [_cell_row(metric, group, c, too_many, base) for group, c in cells.items()]
+        rows += [cell_row(metric, group, c, too_many, base, positive=metric == "recall") for group, c in cells.items()]
     if WRONG not in kinds:  # every mask covers the active tokens of every other window
         rows.append(LatentScore(metric="fpr", group=f"kind={WRONG}", null_reason="no_hard_negative", **base))
     if any(i.value is not None for i in items):
@@ -160,25 +161,6 @@ def _aggregates(
 def _combined(rates: Sequence[Any]) -> Any:
     """[recall] -> recall; [recall, fpr] -> (recall + 1 - fpr) / 2."""
     return rates[0] if len(rates) == 1 else (rates[0] + 1 - rates[1]) / 2
-
-
-def _cell_row(metric: str, group: str, c: Counts, too_many: bool, base: dict[str, Any]) -> LatentScore:
-    null = too_many or c.n == 0
-    interval = None if null else wilson(c.hit, c.n)
-    is_recall = metric == "recall"
-    return LatentScore(
-        metric=metric,
-        group=group,
-        value=None if null else c.hit / c.n,
-        ci_low=interval.low if interval else None,
-        ci_high=interval.high if interval else None,
-        value_worst=(c.hit if is_recall else c.hit + c.failed) / (c.n + c.failed),
-        n_pos=c.n if is_recall else 0,
-        n_neg=0 if is_recall else c.n,
-        n_failed=c.failed,
-        null_reason="too_many_failures" if null else None,
-        **base,
-    )
 
 
 def _auc_row(

@@ -15,6 +15,7 @@ from autointerp.classify import (
     make_items,
     null_scores,
     positives_of,
+    unscored,
 )
 from autointerp.client import Client, ContinuationRequest, LogprobReply, Origin
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
@@ -105,13 +106,10 @@ class Surprisal:
         self, job: ScoreJob, windows: tuple[list[Exemplar], list[Exemplar]] | None, values: Values, judge: str
     ) -> ScoreResult:
         identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": judge}
-        text, failure = job.explanation.text, job.explanation.failure
-        if text is None or windows is None:
-            code = failure.code if failure else "unsupported"  # a bare pattern has no text to judge
-            return ScoreResult(scores=null_scores(job, code, self.metrics, **identity))
+        text = job.explanation.text
+        if text is None or windows is None or not all(windows):
+            return unscored(job, self.metrics, **identity)
         drawn, known = windows
-        if not drawn or not known:
-            return ScoreResult(scores=null_scores(job, "too_few_positive", self.metrics, **identity))
         fitted = [(v, e.positive) for e in known if not isinstance(v := _contrast(values, e, text), Failure)]
         if not fitted:
             return ScoreResult(scores=null_scores(job, "too_many_failures", self.metrics, **identity))
