@@ -5,12 +5,10 @@ its kernel with the arguments it would have there and runs nothing (KERNELS 14).
 TRITON_INTERPRET is read when the kernels are defined.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from no_driver import compile_without_driver
 
 pytest.importorskip("triton.backends.nvidia")
 PROGRAM = '''
@@ -89,9 +87,4 @@ assert {"_decode_error_kernel", "_segments_kernel", "_combine_kernel", "_columns
 
 
 def test_every_launch_of_the_step_compiles(tmp_path: Path) -> None:
-    paths = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    program = tmp_path / "compile_step.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-3_000:]
+    compile_without_driver(PROGRAM, tmp_path)

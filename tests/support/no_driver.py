@@ -4,11 +4,26 @@ kernels are defined."""
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 
 def run_without_driver(program: str) -> None:
     """AssertionError with the program's errors unless it ends well."""
+    _output(["-c", program], {"CUDA_VISIBLE_DEVICES": ""}, seconds=120)
+
+
+def compile_without_driver(program: str, folder: Path) -> str:
+    """What a program prints that compiles kernels afresh, with ``folder`` as Triton's cache; errors as above."""
+    file = folder / "compile_kernels.py"
+    file.write_text(program)
+    return _output([str(file)], {"TRITON_CACHE_DIR": str(folder)}, seconds=280)
+
+
+def _output(arguments: list[str], variables: dict[str, str], seconds: int) -> str:
     paths = os.pathsep.join(p for p in sys.path if p)
-    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths} | variables
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-3_000:]
+    return done.stdout
