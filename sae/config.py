@@ -127,6 +127,24 @@ class FilterConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
+class StreamConfig:
+    """Where the activations of training come from."""
+
+    source: Literal["disk", "live"] = "disk"
+    """disk: collected once and kept as shards; live: computed while training, through a shuffle buffer in memory."""
+    buffer_tokens: int = 524_288
+    """live: tokens that are shuffled together (less where the text has less); at least four batches."""
+    prefetch: Literal["auto", "on", "off"] = "auto"
+    """live: run the model in a thread of its own; auto: on a GPU and with more than four cores. No result changes."""
+    disk_gb: float | None = None
+    """disk: the activations may take so much; a run that needs more is refused before it begins."""
+
+    def __post_init__(self) -> None:
+        require(self.buffer_tokens >= 1, f"buffer_tokens must be positive, got {self.buffer_tokens}")
+        require(self.disk_gb is None or self.disk_gb > 0, f"disk_gb must be positive, got {self.disk_gb}")
+
+
+@dataclass(kw_only=True, frozen=True)
 class TrainConfig:
     """One SAE to train."""
 

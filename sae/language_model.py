@@ -130,14 +130,17 @@ class LanguageModel:
     def capture(self, ids_BL: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
         """Activations [B, L, D] at each hookpoint, in the compute dtype; the pass ends at the last one.
 
-        The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that gives no [B, L, D].
+        What a hookpoint gives does not depend on which others are asked for: where the lean pass serves the residual
+        ones, the others take a pass of their own. The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that gives no [B, L, D].
         """
-        depths = {h: self.block_of(h) for h in hookpoints}
-        fast = self._fast(max((d or 0) for d in depths.values())) if all(depths.values()) else None
+        depths = {h: d for h in hookpoints if (d := self.block_of(h))}
+        fast = self._fast(max(depths.values())) if depths else None
         if fast is None:
             return self.capture_by_hooks(ids_BL, hookpoints)
-        by_depth = fast(ids_BL.to(self.device), [d for d in depths.values() if d])
-        return {h: by_depth[d] for h, d in depths.items() if d}
+        by_depth = fast(ids_BL.to(self.device), list(depths.values()))
+        others = [h for h in hookpoints if h not in depths]
+        by_hook = self.capture_by_hooks(ids_BL, others) if others else {}
+        return {h: by_depth[depths[h]] if h in depths else by_hook[h] for h in hookpoints}
 
     def _fast(self, n_blocks: int) -> "FastForward | None":
         """The lean pass over the first blocks, if the model is of a shape that has one and it agrees with the model."""
