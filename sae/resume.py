@@ -284,6 +284,13 @@ def restore(run: "Run", folder: Path) -> None:
             "%s was saved under %s, this is %s: training goes on, but not bit for bit",
             folder, plain["machine"], _machine(run),
         )  # fmt: skip
+    put(run, tensors, plain)
+    run.log.restore((folder / LOG).read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def put(run: "Run", tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Put a run into the state that a step's tensors and counters describe; its log stays as it is."""
     device = run.state.last_fired_tokens_F.device
     run.sae.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("sae.")})
     _restore_optimiser(run, tensors, plain, device)
@@ -299,7 +306,6 @@ def restore(run: "Run", folder: Path) -> None:
     if run.late is not None and "late" in tensors:
         run.late.refill([(int(row[0]), row[1:]) for row in tensors["late"].tolist()])
     run.step, run.seconds, run.last, run.note = (plain[name] for name in ("step", "seconds", "last", "note"))
-    run.log.restore((folder / LOG).read_text(encoding="utf-8"))
 
 
 def _restore_optimiser(run: "Run", tensors: dict[str, Tensor], plain: dict[str, Any], device: torch.device) -> None:
