@@ -17,6 +17,8 @@ from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
 from autointerp.last_acts import make_last_acts
 from autointerp.ledger import Ledger, load_prices
+from autointerp.records import EXPLAIN
+from evals.effects import build_effects
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from evals.stages import Pipeline
@@ -164,6 +166,29 @@ class Interpretation:
             if self.client.ledger.entries:  # a run that found everything done has nothing to add
                 self.client.ledger.write(self.cfg.root / "ledger.parquet")
             stage.note = ", ".join(f"{c.scorer} judge AUC {c.auc:.2f}" for c in checks if c.auc is not None)
+        return folders
+
+    @cached_property
+    def effects(self) -> dict[str, Path]:
+        """Folder by sae_id of what taking each explained latent out does; of the random SAE none."""
+        folders: dict[str, Path] = {}
+        if not self.cfg.effect_windows:
+            return folders
+        store = self.stages.store(EXPLAIN)
+        with self.log.stage("effects") as stage:
+            for subject in self.stages.subjects[: len(self.stages.trained)]:
+                sae_id = subject.info.sae_id
+                table = self.stages.exemplars.get(sae_id)
+                if table is None or not table.latents:
+                    continue
+                try:
+                    folders[sae_id] = build_effects(
+                        self.cfg.root, subject, table, store, self.stages.lm_float32(), self.stages.hookpoint,
+                        windows=self.cfg.effect_windows, force=self.cfg.force,
+                    )  # fmt: skip
+                except Exception as error:  # a page without effects is still a page
+                    self.log.fail(sae_id, "effects", error)
+            stage.finish(folders.values())
         return folders
 
 

@@ -75,6 +75,7 @@ def _prepare(stages: Pipeline, interpretation: Interpretation | None, needs: fro
         _ = stages.latents
     if interpretation is not None:
         _ = interpretation.scores
+        _ = interpretation.effects
 
 
 def _subjects(cfg: RunConfig, stages: Pipeline) -> list[Subject]:

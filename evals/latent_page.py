@@ -270,6 +270,32 @@ def _charts(latent: LatentData) -> list[dict[str, Any]]:
     ]
 
 
+def effect_context(latent: LatentData) -> dict[str, Any] | None:
+    """What taking the latent out does, as the template shows it; None where it was not measured."""
+    effect = latent.effect
+    if effect is None:
+        return None
+
+    def listed(tokens: Sequence[tuple[str, float]], sign: int) -> list[dict[str, str]]:
+        return [
+            {"token": visible(token), "points": f"{100 * change:+.2g}"} for token, change in tokens if sign * change > 0
+        ]
+
+    left_out = ", ".join(f"{n} × {visible(code)}" for code, n in sorted(effect.failures.items()))
+    return {
+        "failure": failure_text(effect.failure),
+        "n_windows": effect.n_windows,
+        "left_out": left_out,
+        "n_tokens": effect.n_tokens,
+        "loss": f"{effect.loss_rise:+.3g}" if effect.loss_rise is not None else "",
+        "kl": number(effect.kl, 3),
+        "lists": [
+            ("Made likelier by this latent", listed(effect.raised, 1)),
+            ("Made less likely", listed(effect.lowered, -1)),
+        ],
+    }
+
+
 def latent_context(latent: LatentData, sae: SaeData, pages: Mapping[int, str]) -> dict[str, Any]:
     """What latent.html.j2 needs, but for the links before, behind and above. ``pages``: explanation by latent."""
     stats, chosen = latent.stats, selected(latent.explanations)
@@ -317,5 +343,6 @@ def latent_context(latent: LatentData, sae: SaeData, pages: Mapping[int, str]) -
         "verdict_of": visible(chosen.explainer) + "’s explanation" if chosen is not None and latent.items else "",
         "charts": _charts(latent),
         "neighbours": neighbours(latent, pages),
+        "effect": effect_context(latent),
         "token_lists": [(t, [visible(x) for x in tokens]) for t, tokens in lists if tokens],
     }

@@ -21,6 +21,7 @@ from autointerp.records import (
 )
 from autointerp.tables import read_jsonl, read_parquet
 from evals.board import plain
+from evals.effects import LatentEffect, read_effects
 from evals.page_tokens import TokenReader, read_tokenizer
 from sae.errors import ArtefactError
 from sae.manifest import is_complete, read_manifest
@@ -81,6 +82,8 @@ class LatentData:
     scores: list[LatentScore] = field(default_factory=list)
     items: list[ScoreItem] = field(default_factory=list)
     simulations: list[Simulation] = field(default_factory=list)
+    effect: LatentEffect | None = None
+    """What taking it out does to the model."""
     failures: list[Failure] = field(default_factory=list)
     """Why it has no windows, or lacks a kind of them."""
 
@@ -182,31 +185,63 @@ def sae_of(manifest: Mapping[str, Any]) -> str:
     return ""
 
 
-def load_site_data(root: Path) -> dict[str, SaeData]:
-    """Everything beside the rows, by sae_id. Latents ascend; an SAE without artefacts is absent."""
-    root = Path(root)
-    data: dict[str, SaeData] = {}
+class SiteData(Mapping[str, SaeData]):
+    """Everything beside the rows, by sae_id, ascending; an SAE without artefacts is absent.
 
-    def of(sae_id: str) -> SaeData:
-        return data.setdefault(sae_id, SaeData(sae_id=sae_id))
+    An SAE is read when it is asked for and forgotten when the next one is: a site of twenty SAEs with ten thousand
+    explained latents each must not need the memory of all.
+    """
 
-    for folder in sorted((root / "saes").glob("*")):
-        if is_complete(folder):
-            _read_sae(folder, of(folder.name))
-    for folder, _ in artefacts(root, "latents"):
-        sae = of(str(_json(folder / "cache.json")["sae_id"]))
-        sae.stats = _table(folder, "latents")
-    for sae_id, found in _chains(root).items():
-        sae = of(sae_id)
-        latents = _exemplars(found["exemplars"]) if "exemplars" in found else {}
-        _add_texts(sae, latents, found)
-        sae.latents = [latents[i] for i in sorted(latents)]
-        for latent in sae.latents:
-            _add_stats(latent, sae)
-    for sae in data.values():
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._saes = {f.name: f for f in sorted((self.root / "saes").glob("*")) if is_complete(f)}
+        self._caches = {
+            str(_json(folder / "cache.json")["sae_id"]): folder for folder, _ in artefacts(self.root, "latents")
+        }
+        self._chains = _chains(self.root)
+        self._ids = sorted({*self._saes, *self._caches, *self._chains})
+        self._last: SaeData | None = None
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __contains__(self, sae_id: object) -> bool:
+        return sae_id in self._ids
+
+    def __getitem__(self, sae_id: str) -> SaeData:
+        if sae_id not in self._ids:
+            raise KeyError(sae_id)
+        if self._last is None or self._last.sae_id != sae_id:
+            self._last = None  # before the next one is read: never two at once
+            self._last = self._read(sae_id)
+        return self._last
+
+    def _read(self, sae_id: str) -> SaeData:
+        sae = SaeData(sae_id=sae_id)
+        if sae_id in self._saes:
+            _read_sae(self._saes[sae_id], sae)
+        if sae_id in self._caches:
+            sae.stats = _table(self._caches[sae_id], "latents")
+        found = self._chains.get(sae_id)
+        if found is not None:
+            latents = _exemplars(found["exemplars"]) if "exemplars" in found else {}
+            _add_texts(sae, latents, found)
+            for number, effect in (read_effects(found["effects"]) if "effects" in found else {}).items():
+                latents.setdefault(number, LatentData(sae_id=sae_id, latent=number)).effect = effect
+            sae.latents = [latents[i] for i in sorted(latents)]
+            for latent in sae.latents:
+                _add_stats(latent, sae)
         if sae.latents:
-            sae.tokens = find_tokens(root, sae)
-    return data
+            sae.tokens = find_tokens(self.root, sae)
+        return sae
+
+
+def load_site_data(root: Path) -> dict[str, SaeData]:
+    """The same, all of it in memory."""
+    return dict(SiteData(root))
 
 
 def find_tokens(root: Path, sae: SaeData) -> TokenReader:
@@ -242,6 +277,10 @@ def _chains(root: Path) -> dict[str, dict[str, Path]]:
         texts = explanations.get(_input(manifest, "explanations"))
         if texts is not None:
             chains.setdefault(owner(texts[0]), {}).update(chain(*texts) | {"scores": folder})
+    for folder, manifest in artefacts(root, "effects"):
+        links = chains.get(sae_of(manifest), {})
+        if "exemplars" in links and links["exemplars"].name == _input(manifest, "exemplars"):
+            links["effects"] = folder
     return {sae_id: links for sae_id, links in chains.items() if sae_id}
 
 

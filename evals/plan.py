@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from autointerp.estimate import planned, total
+from evals.effects import T_POSITIONS
 from evals.measure import select
 from evals.run_config import RunConfig
 from evals.stages import free_disk_gb
@@ -83,6 +84,10 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
     if not cfg.sae:
         lines.append(_train_line(cfg, d_in, speed32))
     lines.extend(_interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s, lm.tokenizer))
+    if cfg.effect_windows and any("scores" in e.needs for e in select(cfg.evals)):
+        n = n_saes * cfg.interp.latents * cfg.effect_windows
+        passed = n * (cfg.tokens.context_tokens // 2 + 2 * T_POSITIONS)
+        lines.append(PlanLine("effects", passed * upper_s, f"{n} windows, {passed:,} tokens above the hookpoint"))
     for evaluation in select(cfg.evals):
         lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
     lines.append(PlanLine("leaderboard and pages", 5, ""))

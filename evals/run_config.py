@@ -45,6 +45,8 @@ class RunConfig:
     """Own probe tasks beside the preset's: NAME=FILE[:prompt_column:label_column:positive_label]."""
     device: str = "cpu"
     """torch device of the language model and the SAEs."""
+    effect_windows: int = 3
+    """Windows on which each explained latent is taken out, to show on its page what the model does then; 0: none."""
     force: bool = False
     """Recompute every stage; by default a stage whose manifest is complete is reused."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
@@ -61,6 +63,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.architectures) or bool(self.sae), "nothing to evaluate: give --architectures or --sae")
         require(len(set(self.architectures)) == len(self.architectures), "an architecture is named twice")
+        require(self.effect_windows >= 0, f"--effect-windows must be 0 or more, got {self.effect_windows}")
 
     def train_configs(self) -> "list[TrainConfig]":
         """One per architecture; they share everything but the architecture itself and what is for others alone."""

@@ -57,6 +57,10 @@ def test_everything_is_there(finished: Path):
     assert (finished / "leaderboard.md").read_text().strip()
     assert "<table" in (finished / "site" / "index.html").read_text()
     assert list((finished / "dataset").rglob("*.parquet")) and (finished / "dataset" / "README.md").is_file()
+    found = finished.glob("effects/*/effects.jsonl")
+    effects = [json.loads(line) for p in found for line in p.read_text().splitlines()]
+    assert {e["sae_id"].split(".")[-2].partition("-")[0] for e in effects} == {"topk", "relu"}
+    assert all(e["failure"] or (e["kl"] >= 0 and e["n_windows"] and e["raised"]) for e in effects)
     log = json.loads((finished / "run.json").read_text())
     assert not log["failures"] and {s["status"] for s in log["stages"]} <= {"done", "reused"}
 

@@ -17,10 +17,11 @@ from synthetic_results import PCA, RANDOM, RELU, TOPK, write_run
 
 from autointerp.exemplars import ExemplarTable
 from autointerp.pipeline import open_explanations, open_scores
-from autointerp.records import Explanation, LatentScore, ScoreItem, Simulation
+from autointerp.records import Explanation, Failure, LatentScore, ScoreItem, Simulation
 from autointerp.tables import write_jsonl, write_parquet
 from evals import pages
 from evals.board import build_board
+from evals.effects import LatentEffect
 from evals.page_data import LatentData, SaeData, artefacts, load_site_data
 from evals.page_tokens import TokenReader
 from evals.results import load_results
@@ -245,6 +246,9 @@ def nasty_latent() -> tuple[LatentData, TokenReader]:
         explanations=[evil, also],
         top_ids=ids,
         promoted=tuple(NASTY.values()),
+        effect=LatentEffect(
+            sae_id=TOPK, latent=17, n_windows=1, raised=tuple((text, 0.1) for text in NASTY.values())
+        ),
     ), synthetic.reader(texts)
 
 
@@ -277,6 +281,20 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         "\ufffd",
     ):
         assert text in page.words and text in drawn, text
+
+
+def test_a_latent_says_what_the_model_does_without_it(tmp_path: Path) -> None:
+    data = synthetic.site_data()
+    page = Page((build(tmp_path / "one", data) / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
+    for text in ("3 of its strongest windows (left out: 1 × no_active_latent)", "+0.0321 nats", "+5.3", "-0.57"):
+        assert text in page.words, text
+    failure = Failure(code="no_active_latent", stage="effects", detail="no window")
+    data[TOPK].latents[0].effect = LatentEffect(sae_id=TOPK, latent=17, n_windows=0, failure=failure)
+    page = Page((build(tmp_path / "two", data) / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
+    assert "no_active_latent (no window)" in page.words
+    data[TOPK].latents[0].effect = None
+    page = Page((build(tmp_path / "three", data) / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
+    assert "What the model does without it" not in page.words
 
 
 def test_rebuilt_whole_and_with_the_same_bytes(tmp_path: Path) -> None:
@@ -339,6 +357,10 @@ def write_artefacts(root: Path, latent: LatentData, *, key: str, made: str) -> N
     with stage("explanations", {"exemplars": key}) as out:
         write_jsonl(out.path / "explanations.jsonl", latent.explanations)
         (out.path / "output_tokens.json").write_text(json.dumps({"17": [[" judge"], [" cat"]]}), encoding="utf-8")
+    assert latent.effect is not None
+    with stage("effects", {"exemplars": key}) as out:
+        write_jsonl(out.path / "effects.jsonl", [latent.effect])
+        out.counts["sae_id"] = latent.sae_id
     with stage("scores", {"explanations": key, "exemplars": key}) as out:
         write_parquet(out.path / "scores.parquet", latent.scores, LatentScore)
         write_parquet(out.path / "items.parquet", latent.items, ScoreItem)
@@ -371,5 +393,6 @@ def test_artefacts_of_the_newest_run_are_read_whole(tmp_path: Path) -> None:
     assert found.simulations == latent.simulations and found.items == latent.items
     assert (found.promoted, found.suppressed) == ((" judge",), (" cat",)) and sae.checks[1].weak
     assert [f.code for f in found.failures] == ["no_hard_negative"] and sae.latents[1].exemplars == []
+    assert found.effect == latent.effect and sae.latents[1].effect is None
     page = (build(tmp_path, {TOPK: sae}) / "latent" / TOPK / "99.html").read_text(encoding="utf-8")
     assert "No explanation was made" in page and "There are no windows" in page

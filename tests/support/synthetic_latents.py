@@ -15,6 +15,7 @@ from autointerp.records import (
     ScoreItem,
     Simulation,
 )
+from evals.effects import LatentEffect
 from evals.page_data import LatentData, SaeData
 from evals.page_tokens import TokenReader
 
@@ -209,6 +210,11 @@ def latent(number: int = 17, sae_id: str = TOPK) -> LatentData:
         top_ids=(1, 6),
         promoted=(" judge", " ruling"),
         suppressed=(" cat",),
+        effect=LatentEffect(
+            sae_id=sae_id, latent=number, n_windows=3, n_tokens=24, loss_rise=0.0321, kl=0.0696,
+            raised=((" one", 0.05348), (" a", 0.0085), (" x", -0.001)), lowered=((" get", -0.0057),),
+            failures={"no_active_latent": 1},
+        ),
         exemplars=[*exemplars, *positive, *silent],
         explanations=explanations,
         scores=scores,
