@@ -68,15 +68,19 @@ def to_dense(latents: SparseLatents, d_sae: int) -> Tensor:
     return values_NK.new_zeros(len(values_NK), d_sae).scatter_add(1, indices_NK, values_NK)
 
 
-def topk(h_NF: Tensor, k: int) -> SparseLatents:
+def topk(h_NF: Tensor, k: int, *, exact: bool = True) -> SparseLatents:
     """The K largest of each row, then ReLU; of equal values the lower index wins (FORMATS 1).
 
     Slots are in falling order of value. ``ValueError`` unless 1 <= k <= F. ``torch.topk`` picks any of several equal
     values, so one value more is asked for: rows whose K-th and next value are equal are sorted stably instead.
+    ``exact=False`` leaves that out: any of the values equal to the K-th may be taken.
     """
     n_latents = h_NF.shape[1]
     if not 1 <= k <= n_latents:
         raise ValueError(f"k must lie in 1..{n_latents}, got {k}")
+    if not exact:
+        values, indices = ops_cpu.largest(h_NF, k)
+        return SparseLatents(values.relu(), indices)
     values, indices = ops_cpu.largest(h_NF, min(k + 1, n_latents))
     tied_N = (values[:, k - 1] == values[:, -1]) & (values[:, -1] > 0) if k < n_latents else None
     values, indices = values[:, :k], indices[:, :k]
@@ -149,13 +153,14 @@ def _encoder_gradients(
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, k: int,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         u_ND = _centred(n_ND, b_pre_D)
         values_NK = u_ND.new_empty(len(u_ND), k)
         indices_NK = torch.empty(len(u_ND), k, dtype=torch.int64, device=u_ND.device)
-        for h_nF, rows in _blocks(u_ND, W_enc_FD, b_enc_F):
-            values_NK[rows], indices_NK[rows] = topk(h_nF, k)
+        for h_nF, rows in _blocks(u_ND, W_enc_FD, b_enc_F, dtype):
+            values_NK[rows], indices_NK[rows] = topk(h_nF, k, exact=dtype is None)
         ctx.save_for_backward(u_ND, W_enc_FD, values_NK, indices_NK)
         ctx.mark_non_differentiable(indices_NK)
         return values_NK, indices_NK
@@ -167,7 +172,7 @@ class _EncodeTopK(torch.autograd.Function):
         active = SparseLatents(torch.where(values_NK > 0, grad_NK, 0.0), indices_NK)
         grad_E, indices_E, offsets_N1 = entries_of(active)
         entries = (indices_E, offsets_N1)
-        return *_encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD, "torch"), None
+        return *_encoder_gradients(ctx.needs_input_grad, grad_E, entries, u_ND, W_enc_FD, "torch"), None, None
 
 
 def above(
@@ -221,28 +226,38 @@ class _EncodeThreshold(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _blocks(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Any:
-    """(pre-activations, slice of rows) block by block in one buffer: fresh pages cost as much as the selection."""
+def _blocks(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """(pre-activations, slice of rows) block by block in one buffer: fresh pages cost as much as the selection.
+
+    ``dtype``: operands of the product where they are not to be those given; what comes out has the type of ``u``.
+    """
     rows = min(len(u_ND), block_rows(len(W_enc_FD), u_ND.element_size()))
     buffer_nF = u_ND.new_empty(rows, len(W_enc_FD))
+    if dtype is not None:
+        u_ND, W_enc_FD, b_enc_F = u_ND.to(dtype), W_enc_FD.to(dtype), b_enc_F.to(dtype)
+        narrow_nF = u_ND.new_empty(rows, len(W_enc_FD))
     for start in range(0, len(u_ND), max(rows, 1)):
         u_nD = u_ND[start : start + rows]
         h_nF = buffer_nF[: len(u_nD)]
-        with ops_cpu.quick_product(u_nD, W_enc_FD):
-            torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=h_nF)
+        if dtype is not None:
+            h_nF.copy_(torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=narrow_nF[: len(u_nD)]))
+        else:
+            with ops_cpu.quick_product(u_nD, W_enc_FD):
+                torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=h_nF)
         yield h_nF, slice(start, start + len(u_nD))
 
 
 def encode_topk(
     n_ND: Tensor, b_pre_D: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, impl: Impl = "auto", *,
-    prepared: "PreparedEncoder | None" = None, exact: bool = True,
+    prepared: "PreparedEncoder | None" = None, exact: bool = True, dtype: torch.dtype | None = None,
 ) -> SparseLatents:  # fmt: skip
     """``topk((n - b_pre) @ W_enc.T + b_enc)``, differentiable in all tensors, N x F never stored.
 
     ``impl`` as in :func:`sparse_decode`. Triton alone looks at the rest: ``prepared``, a current compute copy of W_enc
     and b_enc (made here otherwise), whose type is that of the product; ``exact=False`` saves the second look at tokens
-    whose set of latents may be off by one (about 0.5 % of them) and gives values of 16 bits of fraction. Slots are in
-    falling order of value by torch, in no order by Triton.
+    whose set of latents may be off by one (about 0.5 % of them) and gives values of 16 bits of fraction. Torch alone
+    looks at ``dtype``, the type that operands and product are rounded to (bfloat16 in training): about 1 % of the
+    latents are then others. Slots are in falling order of value by torch, in no order by Triton.
     """
     ops_checks.encoder(n_ND, b_pre_D, W_enc_FD, b_enc_F)
     ops_checks.implementation(impl)
@@ -250,7 +265,7 @@ def encode_topk(
         raise ValueError(f"k must lie in 1..{len(W_enc_FD)}, got {k} for W_enc {tuple(W_enc_FD.shape)}")
     if impl == "triton" or (impl == "auto" and ops_gpu.takes_encoder(n_ND, W_enc_FD)):
         return SparseLatents(*ops_gpu.encode_topk(n_ND, b_pre_D, W_enc_FD, b_enc_F, k, prepared, exact))
-    return SparseLatents(*_EncodeTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k))
+    return SparseLatents(*_EncodeTopK.apply(n_ND, b_pre_D, W_enc_FD, b_enc_F, k, dtype))
 
 
 def encode_threshold(

@@ -27,8 +27,8 @@ class TopKCode(SAE):
     def encode_sparse(self, x_ND: Tensor) -> ops.SparseLatents:
         return self._latents(self.normalise(x_ND)[0])
 
-    def _latents(self, n_ND: Tensor) -> ops.SparseLatents:
-        return ops.encode_topk(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, self.k)
+    def _latents(self, n_ND: Tensor, dtype: torch.dtype | None = None) -> ops.SparseLatents:
+        return ops.encode_topk(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, self.k, dtype=dtype)
 
     @torch.no_grad()
     def selection_gap(self, x_ND: Tensor) -> Tensor | None:

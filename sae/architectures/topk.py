@@ -17,6 +17,11 @@ MULTI_FACTOR = 4
 MULTI_WEIGHT = 1 / 8
 
 
+def product_type(state: TrainState) -> torch.dtype | None:
+    """Operands of the encoder product in training; None: as the weights."""
+    return None if state.cfg.encoder_dtype == "float32" else torch.bfloat16
+
+
 class TopK(TopKCode):
     """The code of :mod:`sae.topk_code`, fitted to its own input."""
 
@@ -40,14 +45,17 @@ class TopK(TopKCode):
         if ops_fused.usable(n_ND, self.W_enc_FD):
             return fused_step.training_loss(self, self.k, n_ND, state, self.compute_copies())
         no_penalty = torch.zeros((), dtype=n_ND.dtype, device=n_ND.device)
-        return step_loss(self, n_ND, self.encode_entries(n_ND), state, no_penalty, with_aux=True)
+        entries = ops.entries_of(self._latents(n_ND, product_type(state)))
+        return step_loss(self, n_ND, entries, state, no_penalty, with_aux=True)
 
     def _multi_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
         """One selection of 4 K; the K largest of it are the code, the others are decoded on top of that."""
         wide_k = MULTI_FACTOR * self.k
         if wide_k > self.d_sae:
             raise ConfigError(f"multi_topk needs {MULTI_FACTOR} k latents, got k {self.k}, d_sae {self.d_sae}")
-        values_NK, indices_NK = ops.encode_topk(n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, wide_k)
+        values_NK, indices_NK = ops.encode_topk(
+            n_ND, self.b_pre_D, self.W_enc_FD, self.b_enc_F, wide_k, dtype=product_type(state)
+        )
         if values_NK.device.type != "cpu":  # Triton's slots are in no order
             order_NK = torch.sort(values_NK, dim=1, descending=True, stable=True).indices
             values_NK, indices_NK = values_NK.gather(1, order_NK), indices_NK.gather(1, order_NK)

@@ -93,3 +93,28 @@ def test_double_and_small_products_stay_as_they_are() -> None:
     for u, W in ((numbers(4, 300).double(), numbers(1_024, 300).double()), (numbers(4, 8), numbers(16, 8))):
         with ops_cpu.quick_product(u, W):
             assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_bfloat16_product_changes_few_latents_and_little_of_their_values() -> None:
+    u, W, b = numbers(300, 576), numbers(2_304, 576, seed=1) / 24, numbers(1, 2_304, seed=2)[0] / 10
+    exact, found = ops.encode_topk(u, None, W, b, 32), ops.encode_topk(u, None, W, b, 32, dtype=torch.bfloat16)
+    assert found.values_NK.dtype == torch.float32
+    dense = [ops.to_dense(codes, 2_304) for codes in (exact, found)]
+    common = (dense[0] > 0) & (dense[1] > 0)
+    share = float(common.sum()) / (300 * 32)
+    assert 0.95 < share < 0.999, "other latents are picked where values nearly tie, and only there"
+    assert float(((dense[1] - dense[0]) / dense[0])[common].abs().max()) < 2**-6
+    assert all(len(set(row)) == 32 for row in found.indices_NK.tolist())
+
+
+def test_gradients_of_a_bfloat16_product_are_those_of_the_latents_it_picked() -> None:
+    drawn = numbers(40, 96), numbers(1, 96)[0], numbers(512, 96, 1) / 10, numbers(1, 512)[0]
+    leaves = [t.clone().requires_grad_() for t in drawn]
+    found = ops.encode_topk(*leaves, 8, dtype=torch.bfloat16)
+    weights = numbers(40, 8, seed=3)
+    got = torch.autograd.grad((found.values_NK * weights).sum(), leaves)
+    n, b_pre, W, b = leaves
+    dense = ((n - b_pre) @ W.T + b).gather(1, found.indices_NK)
+    want = torch.autograd.grad((torch.where(found.values_NK > 0, dense, 0.0) * weights).sum(), leaves)
+    for a, z in zip(got, want, strict=True):
+        torch.testing.assert_close(a, z, rtol=1e-4, atol=1e-5)
