@@ -45,6 +45,19 @@ def headline_text(latent: LatentData) -> str:
     return visible(chosen.text or ("n-gram pattern" if chosen.pattern else "")) if chosen else ""
 
 
+@dataclass(frozen=True)
+class SaeDigest:
+    """What the pages about several SAEs need of one: kept when all else about it is forgotten."""
+
+    texts: Mapping[int, str]
+    """What each explained latent is called, by number, ascending."""
+    checks: tuple[JudgeCheck, ...] = ()
+
+    @staticmethod
+    def of(sae: SaeData) -> "SaeDigest":
+        return SaeDigest({x.latent: headline_text(x) for x in sae.latents}, tuple(sae.checks))
+
+
 def weak_checks(checks: Iterable[JudgeCheck]) -> dict[tuple[str, str], str]:
     """(judge, scorer) -> why that judge is not believed."""
     return {(c.judge, c.scorer): weak_reason(c.auc, c.wrong_auc) for c in checks if c.weak}

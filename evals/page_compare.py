@@ -11,9 +11,8 @@ import numpy as np
 
 from evals.board import Board
 from evals.gains import Draws
-from evals.latent_page import headline_text
+from evals.latent_page import SaeDigest
 from evals.page_board import board_data, pair_differences, same_place
-from evals.page_data import SaeData
 from evals.page_text import slug
 
 MAX_DECODER = 2**25
@@ -54,14 +53,14 @@ def matches(latents: list[int], rows_ND: "np.ndarray", to_FD: "np.ndarray") -> l
     return sorted(found, key=lambda m: (-m[2], m[0]))
 
 
-def _matched_pairs(root: Path, board: Board, data: Mapping[str, SaeData]) -> dict[str, list[list[Any]]]:
+def _matched_pairs(root: Path, board: Board, digests: Mapping[str, SaeDigest]) -> dict[str, list[list[Any]]]:
     """``"i-j"`` -> matches of the explained latents of subject i among all latents of j, in both directions.
 
     Decoders are read twice, one at a time: twenty of them at once would not fit a small machine.
     """
     wanted: dict[int, tuple[list[int], np.ndarray]] = {}
     for i, subject in enumerate(board.subjects):
-        latents = [x.latent for x in data[subject.sae_id].latents] if subject.sae_id in data else []
+        latents = list(digests[subject.sae_id].texts) if subject.sae_id in digests else []
         if latents and (rows_FD := decoder(root, subject.sae_id)) is not None:
             kept = [n for n in latents if 0 <= n < len(rows_FD)][:MAX_MATCHED]
             wanted[i] = kept, rows_FD[kept]
@@ -75,14 +74,19 @@ def _matched_pairs(root: Path, board: Board, data: Mapping[str, SaeData]) -> dic
     return {key: found[key] for key in sorted(found) if found[key]}
 
 
-def compare_context(root: Path, board: Board, data: Mapping[str, SaeData], draws: Draws | None) -> dict[str, Any]:
-    """What compare.html.j2 needs."""
-    matched = _matched_pairs(root, board, data)
-    sides = {int(side) for key in matched for side in key.split("-")}
+def compare_context(
+    root: Path, board: Board, digests: Mapping[str, SaeDigest], draws: Draws | None
+) -> dict[str, Any]:
+    """What compare.html.j2 needs. Of the explanations only those of latents that are in a match."""
+    matched = _matched_pairs(root, board, digests)
+    named: dict[int, set[int]] = {}
+    for key, found in matched.items():
+        for side, column in zip(map(int, key.split("-")), (0, 1), strict=True):
+            named.setdefault(side, set()).update(pair[column] for pair in found)
     texts = {
-        str(i): {str(x.latent): headline_text(x) for x in data[s.sae_id].latents}
+        str(i): {str(n): text for n, text in digests[s.sae_id].texts.items() if n in named[i]}
         for i, s in enumerate(board.subjects)
-        if i in sides and s.sae_id in data
+        if i in named and s.sae_id in digests
     }
     drawn = {"pairs": pair_differences(board, draws), "matched": matched, "texts": texts}
     return {"drawn": (board_data(board) if board.subjects else {"columns": [], "subjects": []}) | drawn}

@@ -6,22 +6,22 @@ or a file goes through :func:`evals.page_text.visible` and is written as text.
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals import charts
 from evals.board import Board, BoardSubject, Column, build_board, newest
 from evals.gains import Cell
-from evals.latent_page import headline_text, latent_context
+from evals.latent_page import SaeDigest, latent_context
 from evals.matched import matched_l0, pareto
 from evals.page_board import board_data, filters, provenance_hint
 from evals.page_compare import compare_context
-from evals.page_data import RunInfo, SaeData, load_site_data, run_info
+from evals.page_data import RunInfo, SaeData, SiteData, run_info
 from evals.page_text import config_text, data_block, number, percent, slug, sort_key, visible
 from evals.results import draws_below
 from evals.sae_page import sae_context
-from sae.console import progress
+from sae.console import track
 from sae.manifest import canonical_json, sha256_text
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SITE = Path(__file__).with_name("site")
 STATIC = ("style.css", "site.js", "latent.js", "board.js", "sae.js", "compare.js")
+Write = Callable[..., None]
+"""write(path below the site, template, **context)."""
 PLOTTED = ("fvu", "delta_ce")
 
 
@@ -57,17 +59,19 @@ def build_site(
     """Build ``root/site`` anew and put it in place whole. Returns the path of index.html.
 
     ``board`` as :func:`evals.board.build_board` makes it of ``results``, ``data`` as
-    :func:`evals.page_data.load_site_data` reads it below ``root``; same artefacts, same bytes.
+    :class:`evals.page_data.SiteData` reads it below ``root``; same artefacts, same bytes.
     """
     root = Path(root)
     info = run_info(root, results)
-    data = load_site_data(root) if data is None else data
+    data = SiteData(root) if data is None else data
     board = board or build_board(results, draws_below(root))
     target, temporary = root / "site", root / f"site.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        context = compare_context(root, board, data, draws_below(root))
-        _write_all(temporary, board, newest(results), info, data, context)
+        write = _writer(temporary, _foot(info))
+        digests = _write_saes(write, board, newest(results), data)
+        write("index.html", "index.html.j2", **index_context(board, info, digests))
+        write("compare.html", "compare.html.j2", **compare_context(root, board, digests, draws_below(root)))
         old = root / f"site.tmp-old-{os.getpid()}"
         if target.exists():
             os.replace(target, old)
@@ -78,15 +82,9 @@ def build_site(
     return target / "index.html"
 
 
-def _write_all(
-    folder: Path,
-    board: Board,
-    rows: "pd.DataFrame",
-    info: RunInfo,
-    data: Mapping[str, SaeData],
-    compared: Mapping[str, Any],
-) -> None:
-    env, foot = environment(), _foot(info)
+def _writer(folder: Path, foot: str) -> Write:
+    """Makes the folder with its scripts; the answer renders a template into a page of it."""
+    env = environment()
     folder.mkdir(parents=True)
     for name in STATIC:
         shutil.copyfile(SITE / name, folder / name)
@@ -99,26 +97,39 @@ def _write_all(
             env.get_template(template).render(up=up, foot=foot, **context), encoding="utf-8", errors="replace"
         )
 
-    write("index.html", "index.html.j2", **index_context(board, info, data))
-    write("compare.html", "compare.html.j2", **compared)
-    total = sum(len(d.latents) for d in data.values()) + len(board.subjects)
-    with progress("Pages", total=total, unit="pages") as bar:
-        for subject in board.subjects:
-            sae = data.get(subject.sae_id) or SaeData(sae_id=subject.sae_id)
-            place = slug(subject.sae_id)
-            write(f"sae/{place}.html", "sae.html.j2", **sae_context(subject, board, rows, sae))
-            bar.advance()
-            texts = {x.latent: headline_text(x) for x in sae.latents}
-            for i, latent in enumerate(sae.latents):
-                beside = {
-                    "previous": f"{sae.latents[i - 1].latent}.html" if i else "",
-                    "following": f"{sae.latents[i + 1].latent}.html" if i + 1 < len(sae.latents) else "",
-                    "subject_short": subject.short,
-                    "sae_href": f"sae/{place}.html",
-                }
-                context = latent_context(latent, sae, texts) | beside
-                write(f"latent/{place}/{latent.latent}.html", "latent.html.j2", **context)
-                bar.advance()
+    return write
+
+
+def _write_saes(
+    write: Write, board: Board, rows: "pd.DataFrame", data: Mapping[str, SaeData]
+) -> dict[str, SaeDigest]:
+    """A page per SAE and per explained latent. Each SAE is read once and let go; what is kept of it is returned."""
+    digests: dict[str, SaeDigest] = {}
+    for nth, subject in enumerate(board.subjects, 1):
+        title = f"Pages, SAE {nth} of {len(board.subjects)}"
+        # A call of its own: a name left here would keep one SAE alive while the next is read.
+        digest = _write_sae(write, subject, board, rows, data, title)
+        if subject.sae_id in data:
+            digests[subject.sae_id] = digest
+    return digests
+
+
+def _write_sae(
+    write: Write, subject: BoardSubject, board: Board, rows: "pd.DataFrame", data: Mapping[str, SaeData], title: str
+) -> SaeDigest:
+    sae = data[subject.sae_id] if subject.sae_id in data else SaeData(sae_id=subject.sae_id)
+    digest, place = SaeDigest.of(sae), slug(subject.sae_id)
+    write(f"sae/{place}.html", "sae.html.j2", **sae_context(subject, board, rows, sae))
+    for i, latent in enumerate(track(sae.latents, title, unit="pages")):
+        beside = {
+            "previous": f"{sae.latents[i - 1].latent}.html" if i else "",
+            "following": f"{sae.latents[i + 1].latent}.html" if i + 1 < len(sae.latents) else "",
+            "subject_short": subject.short,
+            "sae_href": f"sae/{place}.html",
+        }
+        context = latent_context(latent, sae, digest.texts) | beside
+        write(f"latent/{place}/{latent.latent}.html", "latent.html.j2", **context)
+    return digest
 
 
 def _foot(info: RunInfo) -> str:
@@ -226,7 +237,7 @@ def _plots(board: Board) -> list[dict[str, Any]]:
     return plots
 
 
-def index_context(board: Board, info: RunInfo, data: Mapping[str, SaeData]) -> dict[str, Any]:
+def index_context(board: Board, info: RunInfo, digests: Mapping[str, SaeDigest]) -> dict[str, Any]:
     """What index.html.j2 needs."""
     spans = _spans(board)
     rows = {s.sae_id: _index_row(s, board, board.columns, spans) for s in board.subjects}
@@ -237,9 +248,9 @@ def index_context(board: Board, info: RunInfo, data: Mapping[str, SaeData]) -> d
         if s.random_id
     ]
     states = [(c, pareto(board, c)) for key in PLOTTED for c in board.columns_of(key)] if len(board.saes) > 1 else []
-    checks = {(c.judge, c.scorer): c for sae in data.values() for c in sae.checks}
+    checks = {(c.judge, c.scorer): c for digest in digests.values() for c in digest.checks}
     where = "; ".join(sorted({f"{s.fields['lm']}, {s.fields['hookpoint']}" for s in board.subjects}))
-    explained = [s for s in board.subjects if s.sae_id in data and data[s.sae_id].latents]
+    explained = [s for s in board.subjects if s.sae_id in digests and digests[s.sae_id].texts]
     return {
         "board": board,
         "board_data": board_data(board) if board.subjects else {},

@@ -1,31 +1,31 @@
 """The static pages: everything is there, nothing of a text becomes markup, nothing asks the network."""
 
+import gc
 import json
 import re
+import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import synthetic_latents as synthetic
 from nasty_texts import NASTY
+from stored_latents import renumbered, write_artefacts
 from synthetic_results import PCA, RANDOM, RELU, TOPK, write_run
 
 from autointerp.exemplars import ExemplarTable
 from autointerp.pipeline import open_explanations, open_scores
-from autointerp.records import Explanation, Failure, LatentScore, ScoreItem, Simulation
-from autointerp.tables import write_jsonl, write_parquet
+from autointerp.records import Explanation, Failure
 from evals import pages
 from evals.board import build_board
 from evals.effects import LatentEffect
-from evals.page_data import LatentData, SaeData, artefacts, load_site_data
+from evals.page_data import LatentData, SaeData, SiteData, artefacts, load_site_data
 from evals.page_tokens import TokenReader
 from evals.results import load_results
-from sae.manifest import Writer, writing
+from sae.manifest import writing
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 
@@ -334,51 +334,12 @@ def test_newest_artefact_last_and_incomplete_ones_ignored(tmp_path: Path) -> Non
     assert load_site_data(tmp_path) == {}
 
 
-def write_artefacts(root: Path, latent: LatentData, *, key: str, made: str) -> None:
-    """exemplars/, explanations/ and scores/ of one latent as the stages of autointerp lay them out."""
-    root.mkdir(exist_ok=True)
-
-    def stage(kind: str, inputs: dict[str, str]) -> AbstractContextManager[Writer]:
-        return writing(root / kind / key, kind=kind, key=key, stage_version=1, config={}, inputs=inputs)
-
-    with stage("exemplars", {}) as out:
-        rows = pd.DataFrame([e.to_dict() for e in latent.exemplars])
-        rows = rows.assign(
-            neighbour=rows["neighbour"].astype("Int64"), stratum_share=rows["stratum_share"].astype("Float64")
-        )
-        rows.to_parquet(out.path / "exemplars.parquet", index=False)
-        failures = [
-            {"latent": latent.latent, "code": "no_hard_negative", "stage": "exemplars", "detail": "decoder_near"}
-        ]
-        pd.DataFrame(failures).to_parquet(out.path / "failures.parquet", index=False)
-        stats = [{"latent": latent.latent, "density": 0.1}, {"latent": 99, "density": 0.0}]
-        pd.DataFrame(stats).to_parquet(out.path / "latents.parquet", index=False)
-        out.counts["sae_id"] = latent.sae_id
-    with stage("explanations", {"exemplars": key}) as out:
-        write_jsonl(out.path / "explanations.jsonl", latent.explanations)
-        (out.path / "output_tokens.json").write_text(json.dumps({"17": [[" judge"], [" cat"]]}), encoding="utf-8")
-    assert latent.effect is not None
-    with stage("effects", {"exemplars": key}) as out:
-        write_jsonl(out.path / "effects.jsonl", [latent.effect])
-        out.counts["sae_id"] = latent.sae_id
-    with stage("scores", {"explanations": key, "exemplars": key}) as out:
-        write_parquet(out.path / "scores.parquet", latent.scores, LatentScore)
-        write_parquet(out.path / "items.parquet", latent.items, ScoreItem)
-        write_parquet(out.path / "simulations.parquet", latent.simulations, Simulation)
-        write_jsonl(out.path / "judges.jsonl", synthetic.site_data(1)[TOPK].checks)
-    for kind in ("exemplars", "explanations", "scores"):
-        path = root / kind / key / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["provenance"]["created_at"] = made
-        path.write_text(json.dumps(manifest), encoding="utf-8")
-
-
 def test_artefacts_of_the_newest_run_are_read_whole(tmp_path: Path) -> None:
     latent = synthetic.latent()
     older = synthetic.latent()
     older.explanations = older.explanations[:1]
-    write_artefacts(tmp_path, latent, key="aa", made="2026-02-02")
-    write_artefacts(tmp_path, older, key="bb", made="2026-01-01")
+    write_artefacts(tmp_path, [latent], key="aa", made="2026-02-02")
+    write_artefacts(tmp_path, [older], key="bb", made="2026-01-01")
     sae = load_site_data(tmp_path)[TOPK]
     assert [x.latent for x in sae.latents] == [17, 99]
     found = sae.latents[0]
@@ -396,3 +357,28 @@ def test_artefacts_of_the_newest_run_are_read_whole(tmp_path: Path) -> None:
     assert found.effect == latent.effect and sae.latents[1].effect is None
     page = (build(tmp_path, {TOPK: sae}) / "latent" / TOPK / "99.html").read_text(encoding="utf-8")
     assert "No explanation was made" in page and "There are no windows" in page
+
+
+def test_saes_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, sae_id, numbers in (("aa", TOPK, (17, 18)), ("bb", RELU, (5,))):
+        base = synthetic.latent(17, sae_id)
+        write_artefacts(tmp_path, [renumbered(base, n) for n in numbers], key=key, made="2026-02-02")
+    results = load_results(write_run(tmp_path))
+    whole = load_site_data(tmp_path)
+    first = pages.site_digest(pages.build_site(tmp_path, results, None, whole).parent)
+    reads, alive = [], []
+    read = SiteData._read
+
+    def watched(data: SiteData, sae_id: str) -> SaeData:
+        gc.collect()
+        assert not [r for r in alive if r() is not None], "an SAE is still in memory"
+        reads.append(sae_id)
+        found = read(data, sae_id)
+        alive.append(weakref.ref(found))
+        return found
+
+    whole = {}
+    monkeypatch.setattr(SiteData, "_read", watched)
+    assert pages.site_digest(pages.build_site(tmp_path, results).parent) == first
+    assert sorted(reads) == sorted([TOPK, RELU])
+    assert len(list((tmp_path / "site" / "latent").rglob("*.html"))) == 5  # and a latent 99 without windows, twice
