@@ -6,6 +6,7 @@ Both start from the same weights and batch and run by turns; float32 parameters,
 """
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import statistics
@@ -61,31 +62,45 @@ def milliseconds(call: Callable[[], None]) -> float:
     return begin.elapsed_time(end)
 
 
+def measure(size: tuple[int, int, int, int], repeats: int) -> str:
+    """Tokens per second of both at one size, and the ratio of the medians."""
+    n, k, f, d = size
+    n_ND = torch.randn(n, d, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    steps = {"saescope": bench_step.Provider("fused-A", n_ND, k, f), "sparsify": Theirs(n_ND, k, f)}
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 3):
+        for name, provider in steps.items():
+            time = milliseconds(provider.step)
+            if turn >= 3:
+                found[name].append(time)
+    parts = []
+    for name, times in found.items():
+        p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+        parts.append(f"{name} {p50:.2f} ms ({p20:.2f} to {p80:.2f}), {n / p50 * 1e3:,.0f} tokens/s")
+    ratio = statistics.median(found["sparsify"]) / statistics.median(found["saescope"])
+    return f"N {n}, K {k}, F {f}, D {d}: {'; '.join(parts)}; ratio {ratio:.2f}"
+
+
 def main() -> None:
-    """Print tokens per second of both, and the ratio of the medians."""
+    """Print a line for each size; a size that does not fit into memory is named and fails the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a GPU is needed")
-    for n, k, f, d in SIZES:
-        n_ND = torch.randn(n, d, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
-        steps = {"saescope": bench_step.Provider("fused-A", n_ND, k, f), "sparsify": Theirs(n_ND, k, f)}
-        found: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(args.repeats + 3):
-            for name, provider in steps.items():
-                time = milliseconds(provider.step)
-                if turn >= 3:
-                    found[name].append(time)
-        medians = {name: statistics.median(times) for name, times in found.items()}
-        rates = ", ".join(f"{name} {m:.2f} ms, {n / m * 1e3:,.0f} tokens/s" for name, m in medians.items())
-        print(
-            f"N {n}, K {k}, F {f}, D {d}: {rates}; ratio {medians['sparsify'] / medians['saescope']:.2f} "
-            f"({torch.cuda.get_device_name()}, torch {torch.__version__}, sparsify "
-            f"{importlib.metadata.version('eai-sparsify')})"
-        )
-        del steps
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+    where += f"sparsify {importlib.metadata.version('eai-sparsify')}"
+    failed = False
+    for size in SIZES:
+        try:
+            print(f"{measure(size, args.repeats)} ({where})", flush=True)
+        except torch.OutOfMemoryError as error:
+            failed = True
+            print(f"{size}: {error}", flush=True)
+        gc.collect()  # both SAEs of one size go before those of the next come
         torch.cuda.empty_cache()
+    if failed:
+        raise SystemExit("not all sizes were measured")
 
 
 if __name__ == "__main__":
