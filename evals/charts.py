@@ -182,6 +182,40 @@ def interval_bar(
     return Markup(f'<svg class="mini" viewBox="0 0 {width:g} {height:g}" aria-hidden="true">{body}</svg>')
 
 
+def strip(
+    value: float,
+    interval: tuple[float | None, float | None],
+    others: Sequence[tuple[float, str]],
+    floors: Sequence[tuple[float, str]],
+    title: str,
+) -> Markup:
+    """A value with its interval on one line with those of others (rings) and of floors (ticks), each with its name."""
+    width, height, middle = 240.0, 18.0, 9.0
+    known = [v for v in (value, *interval) if v is not None] + [v for v, _ in (*others, *floors)]
+    low, high = min(known), max(known)
+    span = (high - low) or 1.0
+
+    def x(v: float) -> float:
+        return 8 + (v - low) / span * (width - 16)
+
+    body = f'<line class="rail" x1="4" x2="{width - 4:g}" y1="{middle:g}" y2="{middle:g}"/>'
+    for v, name in floors:
+        body += (
+            f'<line class="tickfloor" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="3" y2="15">'
+            f"<title>{escape(name)}: {v:.4g}</title></line>"
+        )
+    for v, name in others:
+        body += (
+            f'<circle class="peer" cx="{x(v):.1f}" cy="{middle:g}" r="4">'
+            f"<title>{escape(name)}: {v:.4g}</title></circle>"
+        )
+    a, b = interval
+    if a is not None and b is not None:
+        body += f'<line class="ci" x1="{x(a):.1f}" x2="{x(b):.1f}" y1="{middle:g}" y2="{middle:g}"/>'
+    body += f'<circle class="dot" cx="{x(value):.1f}" cy="{middle:g}" r="4"/>'
+    return _svg(width, height, body, title, "strip")
+
+
 def bars(
     heights: Sequence[float], edges: tuple[str, str], title: str, *, log: bool = False, notes: Sequence[str] = ()
 ) -> Markup:

@@ -11,6 +11,7 @@ from evals.gains import Cell
 from evals.latent_page import ScoreColumn, best_scores, score_columns
 from evals.page_board import cell_list
 from evals.page_data import LatentData, SaeData
+from evals.page_profile import field_profile
 from evals.page_text import config_text, slug, visible
 from evals.page_windows import failure_text
 
@@ -165,6 +166,7 @@ def sae_context(subject: BoardSubject, board: Board, rows: "pd.DataFrame", sae: 
         },
         "extremes": _extremes(sae, columns),
         "compare_href": f"../compare.html#{urlencode({'a': subject.sae_id})}",
+        "profile": field_profile(subject, board),
         "metrics": [m for m in metrics if not m["slice"]],
         "sliced": [m for m in metrics if m["slice"]],
         "charts": _sae_charts(sae),

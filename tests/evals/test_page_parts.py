@@ -2,19 +2,23 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from nasty_texts import NASTY
-from synthetic_results import TOPK
+from synthetic_results import RANDOM, RELU, TOPK, write_run
 
 from evals import charts
+from evals.board import build_board
 from evals.gains import Cell
 from evals.page_board import difference
 from evals.page_compare import decoder, matches
+from evals.page_profile import field_profile
 from evals.page_text import data_block, simulated_percent, slug, visible, window_tokens
 from evals.page_tokens import read_tokenizer
+from evals.results import load_results
 
 
 def test_differences_are_paired_where_draws_were_kept_and_turn_their_sign() -> None:
@@ -97,3 +101,29 @@ def test_token_reader_puts_a_split_character_at_its_last_token(tmp_path: Path) -
     assert reader.window(ids) == ["a", "", "é", "", "", "", "👍"]
     assert reader.piece(ids[1]) == "\ufffd"
     assert read_tokenizer(["/no/such/folder"]).window([5, 6]) == ["⟨5⟩", "⟨6⟩"]
+
+
+def test_an_sae_against_the_field_counts_only_what_intervals_tell_apart(tmp_path: Path) -> None:
+    board = build_board(load_results(write_run(tmp_path)))
+    subjects = {s.sae_id: s for s in board.subjects}
+    profile = {p["title"]: p for p in field_profile(subjects[TOPK], board)}
+    assert profile["FVU"]["standing"] == "ahead of 1"  # .237 +- .006 against .291 +- .008, lower is better
+    assert profile["ΔCE"]["standing"] == "ahead of 1"
+    assert profile["Probe loss"]["standing"] == "level with 1"  # .412 +- .02 against .431 +- .02
+    assert {p["title"]: p for p in field_profile(subjects[RELU], board)}["FVU"]["standing"] == "behind 1"
+    assert "L0" not in profile  # no better side
+    strip = str(profile["FVU"]["strip"])
+    assert [strip.count(f'class="{name}"') for name in ("peer", "tickfloor", "dot")] == [1, 2, 1]
+    assert strip.index('class="tickfloor"') < strip.index('class="dot"') and "relu" in strip
+    alone = replace(board, subjects=[subjects[TOPK], subjects[RANDOM]])
+    assert field_profile(subjects[TOPK], alone) == []
+    cell = board.cells[RELU, "fvu"]
+    unknown = replace(board, cells={**board.cells, (RELU, "fvu"): replace(cell, ci_low=None, ci_high=None)})
+    assert field_profile(subjects[TOPK], unknown)[0]["title"] == "FVU"
+    assert field_profile(subjects[TOPK], unknown)[0]["standing"] == "level with 1"
+
+
+def test_a_strip_with_one_value_and_with_hostile_names() -> None:
+    assert "circle" in charts.strip(1.0, (None, None), [], [], "t")
+    found = str(charts.strip(1.0, (0.5, 1.5), [(2.0, "<script>")], [(3.0, "&")], "<i>"))
+    assert "<script>" not in found and "&lt;script&gt;" in found and "<i>" not in found
