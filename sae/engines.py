@@ -13,7 +13,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, Literal, TypeVar, cast
 
 from sae.errors import ConfigError, MissingExtra, did_you_mean
@@ -117,9 +118,22 @@ def _with_threads(threads: int, function: Callable[[Any], Any], job: Any) -> Any
     return _guarded(function, job)
 
 
+def _start_process(threads: int) -> None:
+    _set_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process whose driver was killed would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _pool(workers: int, threads: int) -> ProcessPoolExecutor:
     # spawned, not forked: a forked child of a process that has run torch may hang in its thread pools
-    return ProcessPoolExecutor(workers, get_context("spawn"), _set_threads, (threads,))
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (threads,))
 
 
 def _in_processes(

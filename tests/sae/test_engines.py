@@ -94,3 +94,28 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"saescope\[ray\]"):
         run_jobs(square, [1], engine="ray")
+
+
+def test_processes_end_with_a_killed_driver(tmp_path):
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    code = (
+        "import os, time\nfrom sae.engines import run_jobs\n"
+        f"def work(job):\n    open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close()\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n    list(run_jobs(work, range(2), workers=2))\n"
+    )
+    script = tmp_path / "driver.py"
+    script.write_text(code)
+    driver = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + 120
+    while not (pids := [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert pids
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
