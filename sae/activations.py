@@ -3,7 +3,9 @@
 N = B * L flat tokens, D channels; flat index n = row * L + position. Values are the LM's own, before any normalisation.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,8 @@ from sae.config import FilterConfig, to_dict
 from sae.console import progress
 from sae.errors import DataError
 from sae.manifest import artefact_dir, is_complete, key_of, read_manifest, rng, writing
+from sae.resume import locked
+from sae.shards import SHARD_TOKENS, Shards, forget_shards, shard_name
 from sae.tokens import TokenSet, drop_ids
 
 if TYPE_CHECKING:
@@ -89,18 +93,40 @@ class ActivationStore:
         return self.tokens.doc_ids_BL().reshape(-1)
 
     @cached_property
-    def _acts(self) -> torch.Tensor:
+    def _shards(self) -> list[torch.Tensor]:
+        """[n, D] of each file, in order."""
         dtype = torch.float32 if self.manifest["config"]["store_dtype"] == "float32" else torch.bfloat16
-        return torch.from_file(
-            str(self.folder / "acts_ND.bin"), shared=False, size=self.n_tokens * self.d_in, dtype=dtype
-        ).view(self.n_tokens, self.d_in)
+        found = []
+        for number in range(sum(name.startswith("acts_ND.") for name in self.manifest["files"])):
+            name = shard_name(number)
+            size = int(self.manifest["files"][name]["bytes"]) // dtype.itemsize
+            flat = torch.from_file(str(self.folder / name), shared=False, size=size, dtype=dtype)
+            found.append(flat.view(-1, self.d_in))
+        return found
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Token behind the last one of each shard."""
+        return np.cumsum([len(shard) for shard in self._shards])
 
     def read(self, flat: Any) -> torch.Tensor:
         """float32 [n, D] of the given flat indices (array, tensor or slice), in their order."""
         if isinstance(flat, slice):
-            return self._acts[flat].to(torch.float32)
-        index = torch.as_tensor(np.asarray(flat, dtype=np.int64))
-        return self._acts.index_select(0, index).to(torch.float32)
+            if len(self._shards) == 1:
+                return self._shards[0][flat].to(torch.float32)
+            asked = range(*flat.indices(self.n_tokens))
+            flat = np.arange(asked.start, asked.stop, asked.step)
+        index = np.asarray(flat, dtype=np.int64)
+        if len(self._shards) == 1:
+            return self._shards[0].index_select(0, torch.from_numpy(index)).to(torch.float32)
+        found = torch.empty(len(index), self.d_in, dtype=torch.float32)
+        shard_of = np.searchsorted(self._ends, index, side="right")
+        for number in np.unique(shard_of):
+            places = np.flatnonzero(shard_of == number)
+            shard = self._shards[number]
+            inside = torch.from_numpy(index[places] - (self._ends[number] - len(shard)))
+            found[torch.from_numpy(places)] = shard.index_select(0, inside).to(torch.float32)
+        return found
 
     def batches(
         self, batch_tokens: int, *, seed: int, epochs: int, first: int = 0
@@ -132,34 +158,73 @@ def capture_activations(
     batch_rows: int = BATCH_ROWS,
     force: bool = False,
 ) -> ActivationStore:
-    """Run the LM up to the hookpoint over all rows and store what it gives; a complete folder is reused.
+    """:func:`capture_many` for one hookpoint."""
+    return capture_many(
+        root, lm, tokens, [hookpoint], store_dtype=store_dtype, filter_cfg=filter_cfg, norm_median=norm_median,
+        batch_rows=batch_rows, force=force,
+    )[0]  # fmt: skip
 
+
+def capture_many(
+    root: Path,
+    lm: "LanguageModel",
+    tokens: TokenSet,
+    hookpoints: Sequence[str],
+    *,
+    store_dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    filter_cfg: FilterConfig | None = None,
+    norm_median: float | None = None,
+    batch_rows: int = BATCH_ROWS,
+    force: bool = False,
+) -> tuple[ActivationStore, ...]:
+    """Run the LM over all rows, once for all hookpoints, and store what it gives; complete folders are reused.
+
+    What is written is kept in shards of 2^18 tokens; a killed or failed collecting goes on after its last whole shard.
     ``norm_median`` fixes the norm rule of the filter; None takes it from the first 65,536 tokens that pass the other
-    rules (TRAINING 1). ``batch_rows`` changes speed alone. Raises :class:`DataError` if an activation is not finite.
+    rules (TRAINING 1). ``batch_rows`` changes speed alone. Raises :class:`DataError` if an activation is not finite,
+    :class:`sae.errors.ArtefactError` if the disk is full or another process collects the same.
     """
     filter_cfg = filter_cfg or FilterConfig()
-    config, key = _identity(lm, tokens, hookpoint, store_dtype, filter_cfg, norm_median)
-    folder = artefact_dir(root, "activations", key)
-    if force or not is_complete(folder):
-        with writing(
-            folder,
-            kind="activations",
-            key=key,
-            stage_version=ACTIVATIONS_VERSION,
-            config=config,
-            inputs={"tokens": tokens.key},
-        ) as out:
-            norms = _run(lm, tokens, hookpoint, store_dtype, out.path / "acts_ND.bin", batch_rows)
+    folders: dict[str, Path] = {}
+    missing: list[Shards] = []
+    with ExitStack() as stack:
+        for hookpoint in dict.fromkeys(hookpoints):
+            config, key = _identity(lm, tokens, hookpoint, store_dtype, filter_cfg, norm_median)
+            folders[hookpoint] = folder = artefact_dir(root, "activations", key)
+            if is_complete(folder) and not force:
+                continue
+            working = folder.with_name(folder.name + ".run")
+            stack.callback(_remove_working, working, folder)
+            stack.enter_context(locked(working, "collects these activations"))
+            if force:
+                forget_shards(working)
+            out = stack.enter_context(
+                writing(
+                    folder, kind="activations", key=key, stage_version=ACTIVATIONS_VERSION, config=config,
+                    inputs={"tokens": tokens.key},
+                )
+            )  # fmt: skip
+            missing.append(Shards(hookpoint, working, out))
+        if missing:
+            _run(lm, tokens, missing, store_dtype, batch_rows)
+        for shards in missing:
+            norms = shards.move()
             codes, median = filter_codes(tokens, norms, drop_ids(lm.tokenizer), filter_cfg, norm_median)
-            np.save(out.path / "filter.npy", codes)
-            out.counts.update(
+            np.save(shards.out.path / "filter.npy", codes)
+            shards.out.counts.update(
                 n_tokens=len(codes),
                 n_kept=int((codes == KEPT).sum()),
-                d_in=lm.check_hookpoint(hookpoint),
+                d_in=lm.check_hookpoint(shards.hookpoint),
                 norm_median=median,
                 n_dropped={name: int((codes == c).sum()) for c, name in REASONS.items()},
             )
-    return ActivationStore.open(folder, tokens)
+    return tuple(ActivationStore.open(folders[hookpoint], tokens) for hookpoint in hookpoints)
+
+
+def _remove_working(working: Path, folder: Path) -> None:
+    """Unless it holds whole shards of an artefact that is not complete."""
+    if is_complete(folder) or not any(working.glob("norms-*")):
+        shutil.rmtree(working, ignore_errors=True)
 
 
 def _identity(
@@ -188,27 +253,34 @@ def stored_activations(
 
 
 def _run(
-    lm: "LanguageModel", tokens: TokenSet, hookpoint: str, store_dtype: str, path: Path, batch_rows: int
-) -> np.ndarray:
-    """Write the activations, row by row; returns their norms, float32 [N]."""
+    lm: "LanguageModel", tokens: TokenSet, missing: Sequence[Shards], store_dtype: str, batch_rows: int
+) -> None:
+    """Write the shards that are not there, row by row, at all hookpoints together."""
     rows = tokens.tokens_BL
     dtype = torch.float32 if store_dtype == "float32" else torch.bfloat16
-    norms = np.empty(rows.size, dtype=np.float32)
-    with open(path, "wb") as file, progress(f"activations: {tokens.split}", total=rows.size, unit="tok") as bar:
-        for start in range(0, len(rows), batch_rows):
-            ids = torch.from_numpy(rows[start : start + batch_rows].astype(np.int64)).to(lm.device)
-            acts = lm.capture(ids, [hookpoint])[hookpoint].float().reshape(ids.numel(), -1)
-            begin = start * tokens.L
-            norms[begin : begin + len(acts)] = acts.norm(dim=1).cpu().numpy()
-            if not np.isfinite(norms[begin : begin + len(acts)]).all():
-                raise DataError(
-                    f"{lm.name} gives values that are not finite at {hookpoint} in row {start} or the next "
-                    f"{batch_rows - 1}; try --model in float32"
-                )
-            stored = acts.to(dtype).contiguous().cpu()
-            file.write(stored.view(torch.uint8).numpy().tobytes())
-            bar.advance(ids.numel())
-    return norms
+    per_shard = max(1, SHARD_TOKENS // tokens.L // batch_rows) * batch_rows
+    with progress(f"activations: {tokens.split}", total=rows.size, unit="tok") as bar:
+        for begin in range(0, len(rows), per_shard):
+            end = min(begin + per_shard, len(rows))
+            wanted = [shards for shards in missing if not shards.holds(begin, end)]
+            if not wanted:
+                bar.advance((end - begin) * tokens.L)
+                continue
+            with ExitStack() as stack:
+                files = [stack.enter_context(shards.writing(begin, end)) for shards in wanted]
+                for start in range(begin, end, batch_rows):
+                    ids = torch.from_numpy(rows[start : min(start + batch_rows, end)].astype(np.int64)).to(lm.device)
+                    captured = lm.capture(ids, [shards.hookpoint for shards in wanted])
+                    for shards, file in zip(wanted, files, strict=True):
+                        acts = captured[shards.hookpoint].float().reshape(ids.numel(), -1)
+                        norms = acts.norm(dim=1).cpu().numpy()
+                        if not np.isfinite(norms).all():
+                            raise DataError(
+                                f"{lm.name} gives values that are not finite at {shards.hookpoint} in row {start} or "
+                                f"the next {batch_rows - 1}; try --model in float32"
+                            )
+                        file.add(acts.to(dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes(), norms)
+                    bar.advance(ids.numel())
 
 
 def filter_codes(

@@ -101,11 +101,11 @@ class Keeper:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, work: str = "trains this SAE") -> Iterator[None]:
     """Hold a run folder for this process: two that train one SAE would write over each other's log and steps.
 
-    :class:`sae.errors.ArtefactError` where another one holds it. A killed process lets go; a file system without locks
-    is taken as free.
+    ``work``: what another one would be doing. :class:`sae.errors.ArtefactError` where another one holds it. A killed
+    process lets go; a file system without locks is taken as free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -113,7 +113,7 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ArtefactError(f"{folder} is in use: another process trains this SAE; wait for it or stop it") from None
+        raise ArtefactError(f"{folder} is in use: another process {work}; wait for it or stop it") from None
     except OSError as error:
         logger.debug("%s cannot be locked: %s", folder, error)
     try:

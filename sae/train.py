@@ -1,22 +1,21 @@
-"""Train several SAEs on one shuffled stream of stored activations (TRAINING 6, 10, 11).
+"""Train several SAEs on one shuffled stream of activations, of one hookpoint or several (TRAINING 6, 10, 11).
 
 Shapes: N tokens of one batch, D = d_in, F = d_sae. Each SAE has its own optimiser, seed, log and artefact; its result
 does not depend on which others are trained beside it, nor on how often training was interrupted.
 """
 
 import logging
-import math
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae import console, manifest, resume, train_run
+from sae import console, manifest, resume, streams, train_run
 from sae.base import SAE, NormStats
 from sae.config import InputNorm, SubjectMeta, TrainConfig
 from sae.errors import ConfigError, DataError, SaescopeError
@@ -25,7 +24,10 @@ from sae.mirror import MakeMirror
 from sae.plugins import find
 from sae.train_run import STAGE_VERSION, Run, Store, identity, input_norm, run_folder
 
-__all__ = ["STAGE_VERSION", "Store", "TrainingDiverged", "input_norm", "sae_id_of", "train_key", "train_many"]
+__all__ = [
+    "STAGE_VERSION", "Job", "Store", "TrainingDiverged", "input_norm", "sae_id_of", "train_jobs", "train_key",
+    "train_many",
+]  # fmt: skip
 START_SAMPLE_TOKENS = 65_536
 """Tokens that fix v0 and the starting weights."""
 DATA_SEED = 0
@@ -62,6 +64,24 @@ def sae_id_of(cfg: TrainConfig, meta: SubjectMeta, key: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower())
 
 
+class Job(NamedTuple):
+    """SAEs of one hookpoint."""
+
+    store: Store
+    cfgs: Sequence[TrainConfig]
+    meta: SubjectMeta
+
+
+class _Plan(NamedTuple):
+    """One SAE that a call is to train."""
+
+    store: Store
+    cfg: TrainConfig
+    meta: SubjectMeta
+    key: str
+    folder: Path
+
+
 def train_many(
     root: Path,
     store: Store,
@@ -73,7 +93,22 @@ def train_many(
     keeper: resume.Keeper | None = None,
     mirror: MakeMirror | None = None,
 ) -> list[Path]:
-    """Folders ``root/saes/<sae_id>`` in the order of ``cfgs``; complete ones are not trained again unless ``force``.
+    """:func:`train_jobs` for one hookpoint: folders ``root/saes/<sae_id>`` in the order of ``cfgs``."""
+    job = Job(store, cfgs, meta)
+    return train_jobs(root, [job], device=device, force=force, keeper=keeper, mirror=mirror)[0]
+
+
+def train_jobs(
+    root: Path,
+    jobs: Sequence[Job],
+    *,
+    device: str | torch.device = "cpu",
+    force: bool = False,
+    keeper: resume.Keeper | None = None,
+    mirror: MakeMirror | None = None,
+) -> list[list[Path]]:
+    """Folders ``root/saes/<sae_id>`` of each job's SAEs, all trained side by side; complete ones are not trained again
+    unless ``force``. Jobs whose stores are hookpoints of one :class:`sae.streams.LiveStream` share its passes.
 
     What was interrupted goes on from its newest saved step and ends with the bytes of an uninterrupted run (on a CPU,
     with as many threads); ``keeper`` says how often steps are saved, ``mirror`` where the rows of logs go as well.
@@ -86,52 +121,78 @@ def train_many(
     the CPU. It is no part of the key: SAEs of two devices differ by rounding, and the manifest names the GPU.
     """
     device = torch.device(device)
-    _check(store, cfgs, meta)
-    keys = [train_key(cfg, store.key) for cfg in cfgs]
-    folders = [Path(root) / "saes" / sae_id_of(cfg, meta, key) for cfg, key in zip(cfgs, keys, strict=True)]
-    missing = [i for i, folder in enumerate(folders) if force or not manifest.is_complete(folder)]
+    planned = _planned(root, jobs)
+    folders = [[plan.folder for plan in plans] for plans in planned]
+    missing = [plan for plans in planned for plan in plans if force or not manifest.is_complete(plan.folder)]
     if not missing:
         return folders
     failures: dict[str, str] = {}
     with ExitStack() as stack:
         signals = stack.enter_context(resume.Signals())
-        for i in missing:
-            stack.enter_context(resume.locked(run_folder(folders[i])))
+        for plan in missing:
+            stack.enter_context(resume.locked(run_folder(plan.folder)))
         if force:
-            for i in missing:
-                resume.forget(run_folder(folders[i]))
-        saved = {i: resume.newest(run_folder(folders[i]), keys[i], store.key) for i in missing}
-        flat = _start_tokens(store)
-        sample_ND = store.read(flat).float().to(device)
-        runs = []
-        for i in missing:
-            mirrored = None if mirror is None else mirror(folders[i].name, identity(cfgs[i]))
-            log = stack.enter_context(MetricLog(run_folder(folders[i]) / "train.jsonl", mirrored))
-            target_NO = _targets(store, flat, device) if _plugin(cfgs[i]).transcodes else None
-            runs.append(train_run.start(cfgs[i], meta, keys[i], folders[i], store, sample_ND, log, target_NO))
-            if (step := saved[i]) is not None:
-                resume.restore(runs[-1], step)
-                logger.info("%s goes on after step %d of %d", folders[i].name, runs[-1].step, runs[-1].n_steps)
-        del sample_ND
-        behind = min(zip(runs, saved.values(), strict=True), key=lambda pair: pair[0].step)[1]
-        if behind is not None:
-            resume.restore_random(behind)
-        _loop(store, runs, failures, device, keeper or resume.Keeper(), signals)
+            for plan in missing:
+                resume.forget(run_folder(plan.folder))
+        runs = _begin(missing, device, mirror, stack)
+        _loop(runs, failures, device, keeper or resume.Keeper(), signals)
         if signals.stop:  # it came in the last step
             raise resume.TrainingInterrupted("all SAEs of this call are complete")
     if failures:
-        raise TrainingDiverged(failures, [f for f in folders if manifest.is_complete(f) and f.name not in failures])
+        every = [folder for of_job in folders for folder in of_job]
+        raise TrainingDiverged(failures, [f for f in every if manifest.is_complete(f) and f.name not in failures])
     return folders
+
+
+def _begin(missing: Sequence[_Plan], device: torch.device, mirror: MakeMirror | None, stack: ExitStack) -> list[Run]:
+    """Runs at their newest saved steps, the generators of random numbers at that of the one furthest behind."""
+    saved = [resume.newest(run_folder(plan.folder), plan.key, plan.store.key) for plan in missing]
+    runs: list[Run] = []
+    sampled: Store | None = None
+    for plan, step in zip(missing, saved, strict=True):
+        if plan.store is not sampled:
+            flat, sampled = _start_tokens(plan.store), plan.store
+            sample_ND = plan.store.read(flat).float().to(device)
+        mirrored = None if mirror is None else mirror(plan.folder.name, identity(plan.cfg))
+        log = stack.enter_context(MetricLog(run_folder(plan.folder) / "train.jsonl", mirrored))
+        target_NO = _targets(plan.store, flat, device) if _plugin(plan.cfg).transcodes else None
+        run = train_run.start(plan.cfg, plan.meta, plan.key, plan.folder, plan.store, sample_ND, log, target_NO)
+        if step is not None:
+            resume.restore(run, step)
+            logger.info("%s goes on after step %d of %d", plan.folder.name, run.step, run.n_steps)
+        runs.append(run)
+    behind = min(zip(runs, saved, strict=True), key=lambda pair: pair[0].step)[1]
+    if behind is not None:
+        resume.restore_random(behind)
+    return runs
+
+
+def _planned(root: Path, jobs: Sequence[Job]) -> list[list[_Plan]]:
+    """Names of all SAEs. ``ConfigError`` and ``DataError`` as :func:`train_jobs` says."""
+    for job in jobs:
+        _check(*job)
+    sizes = sorted({cfg.batch_tokens for job in jobs for cfg in job.cfgs})
+    if not jobs or not sizes:
+        raise ConfigError("train_many needs at least one TrainConfig")
+    if len(sizes) > 1:
+        raise ConfigError(f"SAEs trained on one stream need the same batch_tokens, got {sizes}: train them apart")
+    planned = []
+    for store, cfgs, meta in jobs:
+        keys = [train_key(cfg, store.key) for cfg in cfgs]
+        names = [sae_id_of(cfg, meta, key) for cfg, key in zip(cfgs, keys, strict=True)]
+        planned.append([
+            _Plan(store, cfg, meta, key, Path(root) / "saes" / name)
+            for cfg, key, name in zip(cfgs, keys, names, strict=True)
+        ])  # fmt: skip
+    folders = [plan.folder for plans in planned for plan in plans]
+    if len(set(folders)) < len(folders):
+        raise ConfigError("two of the training configurations are equal; give them different seeds")
+    return planned
 
 
 def _check(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta) -> None:
     if not cfgs:
         raise ConfigError("train_many needs at least one TrainConfig")
-    sizes = sorted({cfg.batch_tokens for cfg in cfgs})
-    if len(sizes) > 1:
-        raise ConfigError(f"SAEs trained on one stream need the same batch_tokens, got {sizes}: train them apart")
-    if len(set(map(train_key, cfgs, [store.key] * len(cfgs)))) < len(cfgs):
-        raise ConfigError("two of the training configurations are equal; give them different seeds")
     for cfg in cfgs:
         plugin = _plugin(cfg)
         if plugin.uses_k and cfg.k is None:
@@ -140,11 +201,14 @@ def _check(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta) -> None
             raise ConfigError(f"{cfg.architecture!r} is trained on pairs of activations: give a sae.paired.PairedStore")
         if plugin.transcodes and cfg.ema_decay > 0:
             raise ConfigError(f"ema_decay is not for {cfg.architecture!r} yet; set it to 0")
-    if store.n_kept < sizes[0]:
+    largest = max(cfg.batch_tokens for cfg in cfgs)
+    if store.n_kept < largest:
         raise DataError(
-            f"the store has {store.n_kept:,} tokens after the filter, a batch is {sizes[0]:,}: "
+            f"the store has {store.n_kept:,} tokens after the filter, a batch is {largest:,}: "
             "give more text (tokens.train_tokens) or lower train.batch_tokens"
         )
+    if isinstance(store, streams.LiveStore):
+        store.stream.window(largest)
     if not re.fullmatch(r"[a-z0-9._-]+", meta.lm_slug):
         raise ConfigError(f"lm_slug {meta.lm_slug!r} may only hold a-z, 0-9, '.', '_' and '-'")
 
@@ -167,52 +231,66 @@ def _start_tokens(store: Store) -> np.ndarray:
 
 
 def _loop(
-    store: Store, runs: list[Run], failures: dict[str, str], device: torch.device, keeper: resume.Keeper,
-    signals: resume.Signals,
-) -> None:  # fmt: skip
+    runs: list[Run], failures: dict[str, str], device: torch.device, keeper: resume.Keeper, signals: resume.Signals
+) -> None:
     """Feed all runs; each is saved as soon as it has had its steps. The stream begins where the one furthest behind
     stopped, and those that are further on wait for their own next batch."""
     for run in [run for run in runs if not run.active]:  # its last step was saved, its artefact was not
-        _finish(run, store, failures)
-    if not any(run.active for run in runs):
+        _finish(run, failures)
+    active = [run for run in runs if run.active]
+    if not active:
         return
-    batch_tokens = runs[0].cfg.batch_tokens
-    n_steps = max(run.n_steps for run in runs)
-    epochs = math.ceil(n_steps / (store.n_kept // batch_tokens))
-    first = min(run.step for run in runs if run.active)
+    batch_tokens = active[0].cfg.batch_tokens
+    first, last = min(run.step for run in active), max(run.n_steps for run in active)
+    stores = list({id(run.store): run.store for run in active}.values())
     names = f"training {len(runs)} SAE{'s' if len(runs) > 1 else ''}"
-    with console.progress(names, total=(n_steps - first) * batch_tokens, unit="tok") as bar:
-        stream = store.batches(batch_tokens, seed=DATA_SEED, epochs=epochs, first=first)
-        for index, (x_ND, flat) in enumerate(stream, first):
-            if device.type == "cuda":  # pinned, so that the copy goes on while the last step runs
-                x_ND = x_ND.pin_memory()
-            x_ND = x_ND.to(device, non_blocking=True)
-            normalised: dict[InputNorm, tuple[Tensor, NormStats]] = {}
-            for run in runs:
-                if not run.active or run.step != index:
-                    continue
-                norm = run.sae.cfg.input_norm
-                if norm not in normalised:
-                    normalised[norm] = run.sae.normalise(x_ND)
-                wanted_NO = x_ND
-                if run.sae.transcodes:
-                    wanted_NO = _targets(store, flat, device)
-                    run.state.target_ND = run.sae.normalise_target(wanted_NO)
-                train_run.step(run, wanted_NO, *normalised[norm])
-                run.state.target_ND = None  # no part of what a saved step must hold
-                if run.failure:
-                    _check_finite(store, x_ND, flat, index + 1)
-                    failures[run.folder.name] = run.failure
-                    logger.error("%s stopped: %s; the other SAEs go on", run.folder.name, run.failure)
-                elif not run.active:
-                    _finish(run, store, failures)
-            bar.advance(len(x_ND), note=_note(runs))
-            _save_steps(runs, store.key, index + 1, keeper, signals, failures)
-            if not any(run.active for run in runs):
-                return
+    with console.progress(names, total=(last - first) * batch_tokens, unit="tok") as bar:
+
+        def filling(share: float) -> None:
+            bar.advance(0, note=f"buffer {share:.0%} full")
+            if signals.stop:
+                raise resume.TrainingInterrupted("the stream was filling its buffer; the same command goes on")
+
+        stream = streams.together(stores, batch_tokens, seed=DATA_SEED, first=first, last=last, tick=filling)
+        with closing(stream):
+            for index, parts in enumerate(stream, first):
+                for store, (x_ND, flat) in zip(stores, parts, strict=True):
+                    _feed([run for run in runs if run.store is store], x_ND, flat, index, device, failures)
+                bar.advance(batch_tokens, note=_note(runs))
+                _save_steps(runs, index + 1, keeper, signals, failures)
+                if not any(run.active for run in runs):
+                    return
     short = [run.folder.name for run in runs if run.active]
     if short:
         raise DataError(f"the store ended before {', '.join(short)} had all steps; this is a fault of its batches()")
+
+
+def _feed(
+    runs: Sequence[Run], x_ND: Tensor, flat: Any, index: int, device: torch.device, failures: dict[str, str]
+) -> None:
+    """One batch through all SAEs of a hookpoint whose next step is ``index``."""
+    if device.type == "cuda" and x_ND.device.type == "cpu":  # pinned, so that the copy goes on during the last step
+        x_ND = x_ND.pin_memory()
+    x_ND = x_ND.to(device, non_blocking=True)
+    normalised: dict[InputNorm, tuple[Tensor, NormStats]] = {}
+    for run in runs:
+        if not run.active or run.step != index:
+            continue
+        norm = run.sae.cfg.input_norm
+        if norm not in normalised:
+            normalised[norm] = run.sae.normalise(x_ND)
+        wanted_NO = x_ND
+        if run.sae.transcodes:
+            wanted_NO = _targets(run.store, flat, device)
+            run.state.target_ND = run.sae.normalise_target(wanted_NO)
+        train_run.step(run, wanted_NO, *normalised[norm])
+        run.state.target_ND = None  # no part of what a saved step must hold
+        if run.failure:
+            _check_finite(run.store, x_ND, flat, index + 1)
+            failures[run.folder.name] = run.failure
+            logger.error("%s stopped: %s; the other SAEs go on", run.folder.name, run.failure)
+        elif not run.active:
+            _finish(run, failures)
 
 
 def _note(runs: list[Run]) -> str:
@@ -222,8 +300,8 @@ def _note(runs: list[Run]) -> str:
     return " | ".join(run.note for run in active[:NOTED_SAES]) + (f" | and {rest} more" if rest > 0 else "")
 
 
-def _finish(run: Run, store: Store, failures: dict[str, str]) -> None:
-    train_run.finish(run, store)
+def _finish(run: Run, failures: dict[str, str]) -> None:
+    train_run.finish(run, run.store)
     if run.failure:
         failures[run.folder.name] = run.failure
         logger.error("%s is not saved: %s; the other SAEs go on", run.folder.name, run.failure)
@@ -241,15 +319,14 @@ def _check_finite(store: Store, x_ND: Tensor, flat: Any, step: int) -> None:
 
 
 def _save_steps(
-    runs: list[Run], store_key: str, step: int, keeper: resume.Keeper, signals: resume.Signals,
-    failures: dict[str, str],
-) -> None:  # fmt: skip
+    runs: list[Run], step: int, keeper: resume.Keeper, signals: resume.Signals, failures: dict[str, str]
+) -> None:
     active = [run for run in runs if run.active and run.step == step]
     if not active or not keeper.due(step, signals):
         return
     for run in active:
         try:
-            resume.save(run, store_key)
+            resume.save(run, run.store.key)
         except DataError as error:  # its next loss would not be finite either; the others go on
             run.failure = failures[run.folder.name] = str(error)
             logger.error("%s; the other SAEs go on", error)

@@ -73,6 +73,8 @@ class Run:
     optimiser: torch.optim.Adam | RowAdam
     log: MetricLog
     n_steps: int
+    store: Store
+    """What it is trained on."""
     average: optim.Average | None = None
     """Running mean of the weights; None where ``ema_decay`` is 0."""
     late: Lagged | None = None
@@ -159,7 +161,7 @@ def start(
     average = None
     if cfg.ema_decay > 0:
         average = optim.Average(dict(sae.named_parameters()), cfg.ema_decay)
-    return Run(cfg, sae, key, folder, state, optimiser, log, n_steps, average, late=_late(device))
+    return Run(cfg, sae, key, folder, state, optimiser, log, n_steps, store, average, late=_late(device))
 
 
 def _late(device: torch.device) -> Lagged | None:
