@@ -14,7 +14,7 @@ from typing import Any
 from autointerp.choose import asks_a_judge, select
 from autointerp.client import Capabilities, OnReply, expected_usage
 from autointerp.config import ExemplarConfig, InterpConfig
-from autointerp.interfaces import ExplainContext, ScoreContext, missing_needs
+from autointerp.interfaces import SUBJECT_NEEDS, ExplainContext, ScoreContext, missing_needs
 from autointerp.judge_check import check_judge, known_features
 from autointerp.ledger import TOKENS_PER_PRICE, Price
 from autointerp.llm_requests import (
@@ -111,7 +111,7 @@ def estimate(
     for scorer in scorers:
         client = meter()
         scoring = ScoreContext(client=client, tokenizer=tokenizer)
-        if not _asks(scorer) or missing_needs(scorer.needs, scoring):
+        if not _asks(scorer) or missing_needs(scorer.needs - SUBJECT_NEEDS, scoring):
             continue
         scorer.score_many(jobs_for(scorer, jobs), scoring)
         most = getattr(scorer, "max_latents", None)

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 
 LOGPROB_VERBS = ("next_token", "continuation", "slots")
 NEEDS = frozenset(
-    {"client:generate", "client:logprobs", "embedder", "last_acts", "lm"} | {f"client:{v}" for v in LOGPROB_VERBS}
+    {"client:generate", "client:logprobs", "embedder", "last_acts", "lm", "sae"}
+    | {f"client:{v}" for v in LOGPROB_VERBS}
 )
 """What a plug-in may ask of its context. client:<verb> is a capability of the client; client:logprobs is any of
 :data:`LOGPROB_VERBS`."""
+
+STAND_INS = frozenset({"judge_check", "stand-in"})
+"""sae_id of jobs about no SAE: those of the judge check and of the estimate. Their windows are all there is."""
+SUBJECT_NEEDS = frozenset({"lm", "sae"})
+"""What a scorer does without on such jobs."""
 
 Probe = tuple[int, tuple[int, ...]]
 """(latent, token ids): ask for this latent's activation on the last of these tokens."""
@@ -75,6 +81,11 @@ class ScoreContext:
     client: "Client | None" = None
     embedder: EmbedderLike | None = None
     lm: "LanguageModel | None" = None
+    sae: "SAE | None" = None
+    """The SAE whose latents are scored (intervention)."""
+    hookpoint: str = ""
+    latents: tuple[int, ...] = ()
+    """The run's sample of latents; the pipeline fills it in."""
     tokenizer: Any = None
 
 
@@ -174,9 +185,9 @@ def _holds(need: str, ctx: ExplainContext | ScoreContext) -> bool:
     return ctx.client is not None and any(getattr(ctx.client.capabilities, v) for v in verbs)
 
 
-def check_needs(plugin: Any, ctx: ExplainContext | ScoreContext) -> None:
-    """:class:`Unsupported`, naming the plug-in and what it lacks, before any work is done."""
-    missing = missing_needs(plugin.needs, ctx)
+def check_needs(plugin: Any, ctx: ExplainContext | ScoreContext, *, but: frozenset[str] = frozenset()) -> None:
+    """:class:`Unsupported`, naming the plug-in and what it lacks, before any work is done. ``but``: may be lacking."""
+    missing = missing_needs(plugin.needs - but, ctx)
     if missing:
         raise Unsupported(
             f"{plugin.name!r} needs {', '.join(missing)}, which this run does not have; "

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from autointerp.interfaces import ScoreContext, ScoreJob, Scorer, check_needs
+from autointerp.interfaces import SUBJECT_NEEDS, ScoreContext, ScoreJob, Scorer, check_needs
 from autointerp.rates import auc, percentiles
 from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, JudgeCheck, ScoreItem
 from sae.config import require
@@ -58,7 +58,7 @@ def check_judge(
     features = known_features()[:n_descriptions]
     require(len(features) >= 2, f"a judge check needs at least 2 descriptions, got {n_descriptions}")
     judge: Scorer = find("autointerp.scorers", scorer)() if isinstance(scorer, str) else scorer
-    check_needs(judge, ctx)
+    check_needs(judge, ctx, but=SUBJECT_NEEDS)
     shift = len(features) // 2
     n = range(len(features))
     right = [_job(i, features[i], features[i].description, ctx, "") for i in n]

@@ -9,12 +9,13 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from autointerp.choose import asks_a_judge, best_candidates, select
+from autointerp.choose import Choice, asks_a_judge, best_candidates, select
 from autointerp.config import InterpConfig
 from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import ExplainContext, ScoreContext, ScoreJob, Scorer, ScoreResult, check_needs
@@ -42,6 +43,26 @@ CHECK_VERSION = 1
 CHECK_DESCRIPTIONS = 12
 SHUFFLED = "shuffled"
 logger = logging.getLogger(__name__)
+
+
+OutputTokens = Mapping[int, tuple[Sequence[str], Sequence[str]]]
+"""latent -> (promoted, suppressed) tokens of its decoder row."""
+
+
+class Fan(Protocol):
+    """Work in parts of a fixed number of latents, here or on other machines; see :mod:`autointerp.fan_out`."""
+
+    part_latents: int
+
+    def explain(
+        self, exemplars: ExemplarTable, explainers: Sequence[Any], output_tokens: OutputTokens, prompted: bool
+    ) -> list[Choice]:
+        """:func:`explain_part` of every part, in the order of the latents."""
+        ...
+
+    def score(self, exemplars: ExemplarTable, scorer: Scorer, jobs: Sequence[ScoreJob]) -> list[ScoreResult]:
+        """One result per job, in their order."""
+        ...
 
 
 class Scores(NamedTuple):
@@ -100,23 +121,51 @@ def plugins_of(cfg: InterpConfig) -> tuple[list[Any], list[Any]]:
 
 def explain(
     root: Path, exemplars: ExemplarTable, explainers: Sequence[Any], ctx: ExplainContext, *, force: bool = False,
-    output_tokens: "Mapping[int, tuple[Sequence[str], Sequence[str]]] | None" = None,
+    output_tokens: "OutputTokens | None" = None, fan: "Fan | None" = None,
 ) -> Path:
     """All explainers on all latents that have exemplars; one text per latent is marked `selected`.
 
-    ``output_tokens``: latent -> (promoted, suppressed) tokens. The choice is made on the split `calibrate` alone. An
-    artefact with requests that nobody answered is made again: what was answered comes from the reply cache.
+    ``output_tokens``: latent -> (promoted, suppressed) tokens. ``fan``: who does the work, in parts. The choice is
+    made on the split `calibrate` alone. An artefact with requests that nobody answered is made again: what was
+    answered comes from the reply cache.
     """
     began = time.monotonic()
     config, inputs = _identity(explainers, ctx), {"exemplars": exemplars.key}
     prompted = asks_a_judge(explainers, ctx)
     if prompted:
         config["chosen_by"] = _identity([find("autointerp.scorers", "detection")()], ctx)
+    _note_parts(config, fan, len(exemplars.latents))
     key = key_of("explanations", EXPLAIN_VERSION, config, inputs)
     folder = artefact_dir(root, "explanations", key)
     if is_complete(folder) and not force and not _unanswered(folder):
         return folder
-    views = [_view(exemplars, latent, ctx, output_tokens or {}) for latent in exemplars.latents]
+    told = output_tokens or {}
+    if fan is None:
+        parts = [explain_part(exemplars.latents, exemplars, explainers, ctx, told, prompted=prompted)]
+    else:
+        parts = fan.explain(exemplars, explainers, told, prompted)
+    chosen, undecided = [e for part in parts for e in part.explanations], sum(part.unanswered for part in parts)
+    chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
+    with writing(
+        folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs, began=began
+    ) as out:
+        write_jsonl(out.path / "explanations.jsonl", chosen)
+        write_parquet(out.path / "explanations.parquet", chosen, Explanation)
+        if output_tokens:  # for the pages: latent -> [promoted, suppressed]
+            shown = {str(i): [list(side) for side in output_tokens[i]] for i in sorted(output_tokens)}
+            (out.path / "output_tokens.json").write_text(canonical_json(shown) + "\n", encoding="utf-8")
+        out.counts.update(sae_id=exemplars.sae_id, latents=len(exemplars.latents), explanations=len(chosen),
+                          failed=sum(e.failure is not None for e in chosen),
+                          unanswered=_count_unanswered(chosen) + undecided)
+    return folder
+
+
+def explain_part(
+    latents: Sequence[int], exemplars: ExemplarTable, explainers: Sequence[Any], ctx: ExplainContext,
+    output_tokens: OutputTokens, *, prompted: bool,
+) -> Choice:
+    """All explainers on some latents, and the choice of one text each. :class:`NoAnswer` if a model was not reached."""
+    views = [_view(exemplars, latent, ctx, output_tokens) for latent in latents]
     found: dict[int, list[Explanation]] = {view.latent: [] for view in views}
     unanswered: list[NoAnswer] = []
     for explainer in explainers:
@@ -130,20 +179,13 @@ def explain(
             _require_answers(explainer.name, [e for es in found.values() for e in es if e.explainer == explainer.name])
     if unanswered:
         raise unanswered[0]
-    chosen, undecided = select(found, exemplars, ctx, prompted=prompted)
-    chosen.sort(key=lambda e: (e.latent, e.explainer, e.candidate))
-    with writing(
-        folder, kind="explanations", key=key, stage_version=EXPLAIN_VERSION, config=config, inputs=inputs, began=began
-    ) as out:
-        write_jsonl(out.path / "explanations.jsonl", chosen)
-        write_parquet(out.path / "explanations.parquet", chosen, Explanation)
-        if output_tokens:  # for the pages: latent -> [promoted, suppressed]
-            shown = {str(i): [list(side) for side in output_tokens[i]] for i in sorted(output_tokens)}
-            (out.path / "output_tokens.json").write_text(canonical_json(shown) + "\n", encoding="utf-8")
-        out.counts.update(sae_id=exemplars.sae_id, latents=len(views), explanations=len(chosen),
-                          failed=sum(e.failure is not None for e in chosen),
-                          unanswered=_count_unanswered(chosen) + undecided)
-    return folder
+    return select(found, exemplars, ctx, prompted=prompted)
+
+
+def _note_parts(config: dict[str, Any], fan: "Fan | None", n_latents: int) -> None:
+    """Work done in several parts is another artefact: a local model's last bits depend on what it computes together."""
+    if fan is not None and n_latents > fan.part_latents:
+        config["part_latents"] = fan.part_latents
 
 
 def _count_unanswered(records: Sequence[Any]) -> int:
@@ -158,9 +200,7 @@ def _unanswered(folder: Path) -> bool:
     return n > 0
 
 
-def _view(
-    exemplars: ExemplarTable, latent: int, ctx: ExplainContext, output_tokens: Mapping[int, Any]
-) -> LatentView:
+def _view(exemplars: ExemplarTable, latent: int, ctx: ExplainContext, output_tokens: OutputTokens) -> LatentView:
     promoted, suppressed = output_tokens.get(latent, ((), ()))
     return exemplars.view(latent, tokenizer=ctx.tokenizer, promoted=promoted, suppressed=suppressed)
 
@@ -192,13 +232,18 @@ def open_explanations(folder: Path) -> list[Explanation]:
 
 def score(
     root: Path, explanations: Path, exemplars: ExemplarTable, scorers: Sequence[Scorer], ctx: ScoreContext, *,
-    force: bool = False,
+    force: bool = False, fan: "Fan | None" = None,
 ) -> Path:
-    """All scorers on all explanations and on their shuffled floor; judges are checked first. Returns scores/<key>/."""
+    """All scorers on all explanations and on their shuffled floor; judges are checked first. Returns scores/<key>/.
+
+    ``fan``: who does the work, in parts; the judges are checked here all the same.
+    """
     began = time.monotonic()
     manifest = read_manifest(explanations)
     config = _identity(scorers, ctx) | {"check_descriptions": CHECK_DESCRIPTIONS}
     inputs = {"explanations": str(manifest["key"]), "exemplars": exemplars.key, "content": content_of(explanations)}
+    _note_parts(config, fan, len(exemplars.latents))
+    ctx = replace(ctx, latents=tuple(exemplars.latents))
     key = key_of("scores", SCORE_VERSION, config, inputs)
     folder = artefact_dir(root, "scores", key)
     if is_complete(folder) and not force and not _unanswered(folder):
@@ -208,7 +253,8 @@ def score(
     results: list[ScoreResult] = []
     unanswered: list[NoAnswer] = []
     for scorer in scorers:  # all are asked before any gives up: a batch client collects what they ask
-        judged = scorer.score_many(jobs_for(scorer, jobs), ctx)
+        mine = jobs_for(scorer, jobs)
+        judged = scorer.score_many(mine, ctx) if fan is None else fan.score(exemplars, scorer, mine)
         with _noted(unanswered):
             _require_answers(scorer.name, [item for result in judged for item in result.items])
         results += judged

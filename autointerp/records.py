@@ -31,7 +31,7 @@ FAILURE_CODES = frozenset(
     "dead too_few_positive too_few_documents no_hard_negative n2g_unreproducible n2g_degenerate no_candidate "
     # metric
     "constant_truth constant_prediction one_class too_few_rows no_active_latent no_effect constant_target "
-    "non_finite gate_failed too_many_failures undefined out_of_memory internal".split()
+    "non_finite gate_failed kl_unreachable too_many_failures undefined out_of_memory internal".split()
 )
 
 

@@ -4,6 +4,7 @@ V vocabulary, D = d_in.
 """
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from sae.errors import BudgetExceeded, ConfigError
 from sae.language_model import LanguageModel
 
 OUTPUT_TOKENS = 10
+_LATER = object()
+"""Stands for the SAE, where only the needs of a scorer are looked at."""
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ class Interpretation:
     def __init__(self, cfg: RunConfig, stages: Pipeline, log: RunLog) -> None:
         self.cfg, self.stages, self.log = cfg, stages, log
         # Before any work: unknown names and missing needs are errors now, not in an hour.
-        explaining, scoring = self.explain_context(None), self.score_context
+        explaining, scoring = self.explain_context(None), replace(self.score_context, sae=_LATER)  # type: ignore[arg-type]
         self.explainers, self.scorers = pipeline.load_plugins(cfg.interp, explaining, scoring)
 
     @cached_property
@@ -148,12 +151,14 @@ class Interpretation:
     def scores(self) -> dict[str, Path]:
         """Folder of scores by sae_id."""
         explained, folders = self.explanations, {}
+        saes = {sae.sae_id: sae for sae in self.stages.saes}
         with self.log.stage("scores") as stage:
             for sae_id, folder in explained.items():
                 table: ExemplarTable = self.stages.exemplars[sae_id]
                 try:
+                    context = replace(self.score_context, sae=saes[sae_id], hookpoint=self.stages.hookpoint)
                     folders[sae_id] = pipeline.score(
-                        self.cfg.root, folder, table, self.scorers, self.score_context, force=self.cfg.force
+                        self.cfg.root, folder, table, self.scorers, context, force=self.cfg.force
                     )
                 except (ConfigError, BudgetExceeded):
                     raise

@@ -5,34 +5,22 @@ Says whether a latent has something that can be explained at all; chance is one 
 uniform silent window, in random order.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from autointerp.classify import MAX_FAILED_SHARE, base_score, null_scores, positives_of
-from autointerp.client import Client, GenerateRequest, LogprobReply, NextTokenRequest, Origin, Reply, check_capability
+from autointerp.client import Origin
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
-from autointerp.judging import MIN_YES_NO_MASS
+from autointerp.numbered_choice import MODES, Mode, NumberedChoice
 from autointerp.prompts import load_prompt, numbered, window_text
 from autointerp.rates import wilson
 from autointerp.records import Exemplar, Failure, LatentScore, ScoreItem
-from autointerp.replies import ask, json_object
 from sae.config import require
 from sae.errors import Unsupported
 from sae.manifest import rng
 
 N_SHOWN = 5
 CHANCE = 1 / N_SHOWN
-NUMBERS = tuple(str(i) for i in range(1, N_SHOWN + 1))
-SPELLINGS = (*NUMBERS, *(f" {n}" for n in NUMBERS))
-REPLY_TOKENS = 20
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"odd": {"type": "integer"}},
-    "required": ["odd"],
-    "additionalProperties": False,
-}
-Mode = Literal["auto", "logprob", "json"]
 
 
 class Trial(NamedTuple):
@@ -57,9 +45,11 @@ class Intruder:
 
     def __init__(self, *, trials: int = 20, mode: Mode = "auto") -> None:
         require(trials >= 1, f"trials must be positive, got {trials}")
-        require(mode in ("auto", "logprob", "json"), f"mode must be auto, logprob or json, got {mode!r}")
+        require(mode in MODES, f"mode must be auto, logprob or json, got {mode!r}")
         self.trials, self.mode = trials, mode
-        self.inputs = {name: load_prompt(name).sha256 for name in ("intruder_logprob", "intruder_json")}
+        by_logprob, by_json = load_prompt("intruder_logprob"), load_prompt("intruder_json")
+        self.choosing = NumberedChoice(by_logprob, by_json, "odd", N_SHOWN, mode)
+        self.inputs = {prompt.name: prompt.sha256 for prompt in (by_logprob, by_json)}
 
     def score_many(self, jobs: list[ScoreJob], ctx: ScoreContext) -> list[ScoreResult]:
         """One result per job, whatever its explanation. An item is a trial, known by its intruder (a silent window);
@@ -68,13 +58,10 @@ class Intruder:
         client = ctx.client
         if client is None:
             raise Unsupported("'intruder' needs a language model; choose a client or another scorer")
-        mode = self.mode
-        if mode == "auto":
-            mode = "logprob" if client.capabilities.next_token else "json"
-        check_capability(client, "next_token" if mode == "logprob" else "generate", f"{self.name} ({mode} mode)")
         trials = [self._trials(job, ctx.seed) for job in jobs]
         asked = [(job, trial) for job, mine in zip(jobs, trials, strict=True) for trial in mine]
-        said = iter(self._by_logprob(asked, ctx, client) if mode == "logprob" else self._by_json(asked, ctx, client))
+        holes = [{"windows": _lines(trial, ctx)} for _, trial in asked]
+        said = iter(self.choosing.ask(holes, [_origin(job) for job, _ in asked], client, user=self.name))
         identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": client.identity.model}
         results = []
         for job, mine in zip(jobs, trials, strict=True):
@@ -108,33 +95,6 @@ class Intruder:
             out.append(Trial((*four[:place], intruder, *four[place:]), place, name))
         return out
 
-    def _by_logprob(
-        self, asked: Sequence[tuple[ScoreJob, Trial]], ctx: ScoreContext, client: Client
-    ) -> list[int | Failure]:
-        prompt = load_prompt("intruder_logprob")
-        requests = [
-            NextTokenRequest(
-                messages=prompt.messages(windows=_lines(trial, ctx)), choices=SPELLINGS, origin=_origin(job)
-            )
-            for job, trial in asked
-        ]
-        return [_most_likely(reply) for reply in client.logprobs(requests)] if requests else []
-
-    def _by_json(
-        self, asked: Sequence[tuple[ScoreJob, Trial]], ctx: ScoreContext, client: Client
-    ) -> list[int | Failure]:
-        prompt = load_prompt("intruder_json")
-        requests = [
-            GenerateRequest(
-                messages=prompt.messages(windows=_lines(trial, ctx)),
-                max_tokens=REPLY_TOKENS,
-                schema=SCHEMA,
-                origin=_origin(job),
-            )
-            for job, trial in asked
-        ]
-        return [answer.value for answer in ask(client, requests, _odd_one, prompt.section("reminder"))]
-
 
 def _strata(positives: Sequence[Exemplar]) -> list[tuple[str, list[Exemplar]]]:
     """Quantile groups, neighbours joined until each holds four windows; a weaker remainder joins the last."""
@@ -165,30 +125,6 @@ def _lines(trial: Trial, ctx: ScoreContext) -> str:
 
 def _origin(job: ScoreJob) -> Origin:
     return Origin(stage="score.intruder", sae_id=job.sae_id, latent=job.latent)
-
-
-def _most_likely(reply: LogprobReply | Failure) -> int | Failure:
-    """Index of the number with the largest probability, over its spellings."""
-    if isinstance(reply, Failure):
-        return reply
-    row = reply.rows[0]
-    if len(row) != len(SPELLINGS) or any(v is not None and not v <= 1e-3 for v in row):
-        return Failure(code="schema", stage="score", detail="log-probabilities of the numbers are not as asked")
-    p = [0.0 if v is None else math.exp(v) for v in row]
-    by_number = [p[i] + p[i + N_SHOWN] for i in range(N_SHOWN)]
-    if sum(by_number) < MIN_YES_NO_MASS:
-        return Failure(code="low_mass", stage="score", detail=f"mass {sum(by_number):.3g} on the numbers 1 to 5")
-    return max(range(N_SHOWN), key=lambda i: (by_number[i], -i))
-
-
-def _odd_one(_index: int, reply: Reply) -> int | Failure:
-    value = json_object(reply.text, SCHEMA)
-    if isinstance(value, Failure):
-        return value
-    odd = int(value["odd"])
-    if not 1 <= odd <= N_SHOWN:
-        return Failure(code="out_of_range", stage="score", detail=f"number {odd} of {N_SHOWN} windows")
-    return odd - 1
 
 
 def _item(job: ScoreJob, trial: Trial, answer: int | Failure) -> ScoreItem:

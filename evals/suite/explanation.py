@@ -63,6 +63,7 @@ BASES: dict[str, Base] = {
     "surprisal_gain": Base("Surprisal gain", "Mean rise of the explanation's log-probability under steering.",
                            unit="nats", low=-math.inf, high=math.inf),
     "choice": Base("Choice", "Mean share of right choices among three steered texts; 1/3 is chance."),
+    "choice_likelihood": Base("Choice by likelihood", "The same where the explanation is likeliest; 1/3 is chance."),
 }  # fmt: skip
 
 

@@ -188,7 +188,11 @@ def plugin_of(name: str):
     return plugins.find(ROOM, name)()
 
 
-READERS = [n for n in plugins.names(ROOM) if getattr(plugins.find(ROOM, n), "uses_explanation", True)]
+READERS = [
+    n
+    for n in plugins.names(ROOM)
+    if getattr(plugins.find(ROOM, n), "uses_explanation", True) and "sae" not in plugins.find(ROOM, n)().needs
+]  # what steers a model has its planted directions in test_intervention
 READERS += ["simulation/all_at_once", "simulation/structured", "detection/list", "fuzzing/list"]
 WORD_BY_WORD = ("late_interaction", "simulation")
 """These see a word at a time, whatever their judge knows."""
