@@ -76,7 +76,7 @@ class Pipeline:
     @cached_property
     def given_folders(self) -> list[Path]:
         """Native folders of the SAEs named with --sae; those of other formats are imported below saes/."""
-        return [loading.import_into(self.root, Path(path)) for path in self.cfg.sae]
+        return [loading.import_into(self.root, path) for path in self.cfg.sae]
 
     def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
         lm = self.lm()

@@ -25,6 +25,11 @@ UNKNOWN = "unknown"
 def to_sae(p: Portable) -> SAE:
     """Our class with these weights. ``Unsupported`` where no class of ours has this meaning."""
     original = p
+    if p.activation == "topk_signed":
+        raise Unsupported(
+            f"{p.where} keeps negative values among its K largest, which saescope has no code for; --activation topk "
+            "runs it without them (they are rare where K is far below the number of latents)"
+        )
     p = foldings.fold_gate_scale(p)
     if p.transcoder:
         p = _transcoder(p)
@@ -47,15 +52,20 @@ def to_sae(p: Portable) -> SAE:
     return sae.requires_grad_(False)
 
 
+_TRANSCODERS = {"topk": "", "relu": "relu_", "threshold": "jumprelu_"}
+"""First part of the name of our transcoder with an activation."""
+
+
 def _transcoder(p: Portable) -> Portable:
-    """Ours subtract an input bias of their own, zero where the source has none; the latents are TopK."""
-    if p.activation != "topk" or p.input_norm.kind not in ("none", "dataset_rms"):
+    """Ours subtract an input bias of their own, zero where the source has none."""
+    if p.activation not in _TRANSCODERS or p.input_norm.kind not in ("none", "dataset_rms"):
         raise Unsupported(
             f"{p.where} is a transcoder with {p.activation} and input norm {p.input_norm.kind}; saescope runs those "
-            "with topk and norm none or dataset_rms"
+            f"with {', '.join(_TRANSCODERS)} and norm none or dataset_rms"
         )
     bias_D = p.W_enc_FD.new_zeros(p.d_in) if p.b_pre_D is None else p.b_pre_D
-    return replace(p, b_pre_D=bias_D, architecture="skip_transcoder" if p.W_skip_DD is not None else "transcoder")
+    kind = "skip_transcoder" if p.W_skip_DD is not None else "transcoder"
+    return replace(p, b_pre_D=bias_D, architecture=_TRANSCODERS[p.activation] + kind)
 
 
 def _config(p: Portable, original: Portable) -> SAEConfig:

@@ -117,7 +117,7 @@ class SAE(nn.Module):
     uses_k: ClassVar[bool] = False
     """Whether training needs ``TrainConfig.k``."""
     transcodes: ClassVar[bool] = False
-    """Whether the target is another activation than the input (:class:`sae.transcoding.TranscoderBase`)."""
+    """Whether the target is another activation than the input (:class:`sae.transcoding.Pairs`)."""
     latent_scaled: ClassVar[tuple[str, ...]] = ()
     """Tensors [F], beside W_enc and b_enc, that take a factor when the codes do."""
 

@@ -22,10 +22,12 @@ CHECK_TOKENS = 1_024
 
 
 def convert(
-    source: Path, out: Path, to: str, *, options: ImportOptions | None = None, x_ND: Tensor | None = None,
+    source: str | Path, out: Path, to: str, *, options: ImportOptions | None = None, x_ND: Tensor | None = None,
     force: bool = False,
 ) -> Agreement:  # fmt: skip
-    """Write the SAE at ``source`` as the folder ``out`` in format ``to``; returns the comparison on ``x_ND``.
+    """Write the SAE at ``source`` (a path or an id of the hub) as the folder ``out`` in format ``to``.
+
+    Returns the comparison on ``x_ND``.
 
     ``x_ND``: raw activations, by default :func:`sae.agreement.sample_inputs`. ``Unsupported`` where the format cannot
     say what the SAE means, ``CheckpointMismatch`` where what was written does not do the same, ``ArtefactError`` for
@@ -36,7 +38,7 @@ def convert(
         raise ConfigError(f"--to {to}: no such format; known: {', '.join(known)}")
     if out.exists() and not force:
         raise ArtefactError(f"{out} exists; choose another folder or pass --force")
-    if to == loading.NATIVE and loading.recognise(source) == loading.NATIVE:
+    if to == loading.NATIVE and loading.recognise(loading.locate(source)[0]) == loading.NATIVE:
         raise ConfigError(f"{source} is in saescope's own format already")
     p = loading.read(source, options)
     x_ND = agreement.sample_inputs(p, CHECK_TOKENS) if x_ND is None else x_ND

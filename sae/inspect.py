@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae import adapt, agreement, console, foldings, loading
 from sae.config import InputNorm
-from sae.errors import Unsupported
+from sae.errors import ConfigError, Unsupported
 from sae.manifest import sha256_file
 from sae.portable import ImportOptions, Portable, naive_forward
 
@@ -32,7 +32,7 @@ def semantics(p: Portable) -> list[tuple[str, str]]:
     bias = "b_dec" if p.apply_b_dec_to_input else "a bias of its own" if p.b_pre_D is not None else "nothing"
     rows = [
         ("format", "saescope" if p.format == loading.NATIVE else loading.plugin(p.format).title),
-        ("version", p.version or ""),
+        ("version", p.version or ""), ("from the hub", str(p.extra.get("hub") or "")),
         ("trained as, run as", f"{p.architecture}, {p.activation}{k}"), ("d_in, d_sae", f"{p.d_in}, {p.d_sae}"),
         ("input norm", norm.kind + details), ("subtracted from the input", bias), ("gate scale", p.gate_scale),
         ("transcoder", "yes" + (", with skip" if p.W_skip_DD is not None else "") if p.transcoder else "no"),
@@ -73,7 +73,9 @@ def _spread(values: Tensor) -> str:
 def variants(p: Portable) -> dict[str, Portable]:
     """Every single change of the recipe that a loader gets wrong silently: pre-bias, norm, gate scale."""
     found = {}
-    if not p.transcoder:
+    if p.transcoder and p.d_in == p.W_dec_FD.shape[1]:
+        found["with b_dec subtracted from the input"] = replace(p, apply_b_dec_to_input=True, b_pre_D=None)
+    elif not p.transcoder:
         note = "without pre-bias" if p.apply_b_dec_to_input else "with b_dec subtracted from the input"
         found[note] = replace(p, apply_b_dec_to_input=not p.apply_b_dec_to_input, b_pre_D=None)
     for norm in (
@@ -81,29 +83,38 @@ def variants(p: Portable) -> dict[str, Portable]:
         foldings.LAYER_NORM,
         InputNorm(kind="unit_norm", center=False, target="sqrt_d"),
     ):
-        if norm.kind != p.input_norm.kind:
+        if norm.kind != p.input_norm.kind and not p.transcoder:
             found[f"input norm {norm.kind}"] = replace(p, input_norm=norm)
     other = "none" if p.gate_scale == "decoder_norm" else "decoder_norm"
     found[f"gate scale {other}"] = replace(p, gate_scale=other)  # type: ignore[arg-type]
     return found
 
 
-def probe(p: Portable, x_ND: Tensor) -> list[tuple[str, float, float]]:
-    """(recipe, FVU, L0) as imported, then under each of :func:`variants`, on raw activations (FORMATS 7)."""
-    if p.transcoder:
-        raise Unsupported(f"{p.where} is a transcoder: its recipe cannot be judged by the activations that it reads")
+def probe(p: Portable, x_ND: Tensor, target_NO: Tensor | None = None) -> list[tuple[str, float, float]]:
+    """(recipe, FVU, L0) as imported, then under each of :func:`variants`, on raw activations (FORMATS 7).
+
+    ``target_NO``: what a transcoder predicts, on the same tokens; an SAE predicts ``x_ND``. ``Unsupported`` for a
+    transcoder without it.
+    """
+    if target_NO is None:
+        if p.transcoder:
+            raise Unsupported(f"{p.where} is a transcoder: its recipe is judged by its target, which is not given")
+        target_NO = x_ND
+    if target_NO.shape != (len(x_ND), p.W_dec_FD.shape[1]):
+        raise ConfigError(f"{p.where} gives {p.W_dec_FD.shape[1]} channels, the target has {tuple(target_NO.shape)}")
     rows = []
     for name, variant in {"as imported": p, **variants(p)}.items():
         missed, active = 0.0, 0
-        for x_nD in x_ND.split(agreement.block_tokens(p.d_sae)):
+        step = agreement.block_tokens(p.d_sae)
+        for x_nD, target_nO in zip(x_ND.split(step), target_NO.split(step), strict=True):
             found = naive_forward(variant, x_nD)
-            missed += float((x_nD.double() - torch.from_numpy(found.x_hat_ND).double()).square().sum())
+            missed += float((target_nO.double() - torch.from_numpy(found.x_hat_ND).double()).square().sum())
             active += int((found.z_NF != 0).sum())
-        rows.append((name, missed / agreement.total_variance(x_ND), active / len(x_ND)))
+        rows.append((name, missed / agreement.total_variance(target_NO), active / len(x_ND)))
     return rows
 
 
-def show(path: Path, options: ImportOptions) -> Portable:
+def show(path: str | Path, options: ImportOptions) -> Portable:
     """Print origin, semantics, files, health and the self-check; the exceptions of ``sae.load`` pass through."""
     p = loading.read(path, options)
     console.table(str(path), ("", ""), semantics(p))
@@ -122,14 +133,19 @@ def show(path: Path, options: ImportOptions) -> Portable:
     return p
 
 
-def verdict(rows: Sequence[tuple[str, float, float]]) -> int:
-    """Exit status of :func:`probe`: 1 where a change fits clearly better, or where nothing is reconstructed."""
+def suspicion(rows: Sequence[tuple[str, float, float]]) -> str | None:
+    """What is wrong with the first row of :func:`probe`, or None: a change fits clearly better, or the SAE
+    reconstructs worse than the mean."""
     (_, own, _), *others = rows
     best, fvu, _ = min(others, key=lambda row: row[1])
-    if own > 1 or fvu < (1 - PROBE_GAIN) * own:
-        console.say(
-            f"suspect: FVU {own:.3f} as imported, {fvu:.3f} {best}; the file, the model or the hookpoint is not "
-            "what it is taken for"
-        )
-        return 1
-    return 0
+    if not (own > 1 or fvu < (1 - PROBE_GAIN) * own):
+        return None
+    return f"FVU {own:.3f} as imported, {fvu:.3f} {best}; file, model or hookpoint is not what it is taken for"
+
+
+def verdict(rows: Sequence[tuple[str, float, float]]) -> int:
+    """Exit status of :func:`probe`: 1 for a :func:`suspicion`, which is printed."""
+    found = suspicion(rows)
+    if found is not None:
+        console.say(f"suspect: {found}")
+    return 0 if found is None else 1

@@ -1,4 +1,4 @@
-"""``sae.load``: any SAE from a local path, native or foreign, recognised by its files; nothing is fetched or executed.
+"""``sae.load``: any SAE from a local path or the hub, native or foreign, recognised by its files; nothing is executed.
 
 Every import is run once against the naive forward pass of its own tensors (:mod:`sae.agreement`), so that a fault in a
 folding or in a mapping cannot pass silently.
@@ -6,13 +6,14 @@ folding or in a mapping cannot pass silently.
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-from sae import adapt, agreement, checkpoint
+from sae import adapt, agreement, checkpoint, hub, import_calibration
 from sae.base import SAE
 from sae.config import to_dict
 from sae.errors import ArtefactError
-from sae.manifest import is_complete, key_of, writing
+from sae.manifest import MANIFEST, is_complete, key_of, writing
 from sae.plugins import find, names
 from sae.portable import Format, ImportOptions, Portable, check
 
@@ -28,10 +29,7 @@ def recognise(path: Path) -> str:
     ``ArtefactError``: nothing there, no format known, or several of them.
     """
     if not path.exists():
-        raise ArtefactError(
-            f"{path} does not exist; expected a local file or folder (an id on the Hugging Face hub must be downloaded "
-            "first: saescope fetches nothing on its own)"
-        )
+        raise ArtefactError(f"{path} does not exist; expected a local file or folder, or org/repo/... of the hub")
     found = _formats_of(path)
     if len(found) == 1:
         return found[0]
@@ -71,41 +69,74 @@ def _is_native(folder: Path) -> bool:
     return re.search(r'"format"\s*:\s*"saescope"', text) is not None
 
 
-def read(path: Path, options: ImportOptions | None = None) -> Portable:
-    """The foreign SAE at ``path``, checked but not yet in our class."""
+NATIVE_FILES = (checkpoint.WEIGHTS, checkpoint.CFG, checkpoint.REFERENCE, MANIFEST, "stats.safetensors")
+
+
+def locate(path: str | Path) -> tuple[Path, str | None]:
+    """Where the SAE lies here, and its origin on the hub: a path as it is, an id of the hub once it is fetched.
+
+    ``ArtefactError`` before anything is fetched (:func:`sae.hub.fetch`).
+    """
+    if not hub.is_ref(str(path)):
+        return Path(path), None
+    found = _fetched(str(path))
+    return found.path, found.origin
+
+
+@lru_cache
+def _fetched(ref: str) -> hub.Fetched:
+    """One commit for the whole process: what is inspected is what is converted."""
+    formats = {name: getattr(plugin(name), "files", ()) for name in names(FORMATS)}
+    return hub.fetch(ref, {NATIVE: NATIVE_FILES} | formats)
+
+
+def read(path: str | Path, options: ImportOptions | None = None) -> Portable:
+    """The foreign SAE at ``path``, a local path or an id of the hub, checked but not yet in our class."""
     options = options or ImportOptions()
+    path, origin = locate(path)
     name = recognise(path)
     if name == NATIVE:
         return adapt.from_sae(checkpoint.load(path))
     found = check(plugin(name).read(path, options), options)
-    if options.hookpoint is not None:
-        found = replace(found, hookpoint=options.hookpoint)
-    return found
+    if found.lacks:
+        assert options.calibrate_on is not None, "a reader lets a value lack only where it can be measured"
+        found = import_calibration.fill(found, options.calibrate_on(_placed(found, options)))
+    if found.activation == "topk_signed" and options.activation == "topk":
+        recipe = (*found.recipe, "negative values of the K largest dropped, as asked for")
+        found = replace(found, activation="topk", architecture="topk", recipe=recipe)
+    found = _placed(found, options)
+    return found if origin is None else replace(found, extra={**found.extra, "hub": origin})
+
+
+def _placed(p: Portable, options: ImportOptions) -> Portable:
+    return p if options.hookpoint is None else replace(p, hookpoint=options.hookpoint)
 
 
 def load(path: str | Path, *, device: str = "cpu", options: ImportOptions | None = None) -> SAE:
-    """The SAE at a local path, whatever its format: weights in float32 without gradients, self-checked.
+    """The SAE at a local path or of the hub (``org/repo[/subfolder][@revision]``), whatever its format: weights in
+    float32 without gradients, self-checked.
 
     ``ArtefactError`` for files that are absent, damaged, of no or of several formats; ``ConfigError`` for a
     configuration that contradicts the tensors; ``Unsupported`` for what saescope cannot run or refuses to read;
     ``CheckpointMismatch`` where codes or reconstructions are not those of the file's own recipe.
     """
-    path = Path(path)
-    if recognise(path) == NATIVE:
-        return checkpoint.load(path, device=device)
+    local, _ = locate(path)
+    if recognise(local) == NATIVE:
+        return checkpoint.load(local, device=device)
     found = read(path, options)
     sae = adapt.to_sae(found)
     agreement.self_check(sae, found)
     return sae.to(device)
 
 
-def import_into(root: Path, path: Path, options: ImportOptions | None = None) -> Path:
+def import_into(root: Path, path: str | Path, options: ImportOptions | None = None) -> Path:
     """The native folder of the SAE at ``path``: itself if native, else ``root/saes/<sae_id>/``, written once.
 
     The reference sample is :func:`sae.agreement.sample_inputs`, as no language model is at hand; the manifest says so.
     """
-    if recognise(path) == NATIVE:
-        return path
+    local, _ = locate(path)
+    if recognise(local) == NATIVE:
+        return local
     found = read(path, options)
     sae = adapt.to_sae(found)
     folder = root / "saes" / sae.sae_id

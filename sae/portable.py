@@ -4,7 +4,7 @@ A format plug-in (``sae/formats/<name>.py``) fills in every field, as no semanti
 norm, gate scale or threshold is the usual loading fault of the field, and it is silent. D = d_in, F = d_sae, N tokens.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -25,6 +25,12 @@ BIASES = ("b_enc_F", "b_dec_D", "b_pre_D", "threshold_F", "b_gate_F", "b_mag_F",
 """Fields that are never 16-bit: a rounded threshold moves the set of active latents."""
 
 
+SCALE, THRESHOLD = "scale", "threshold"
+"""Words of :attr:`Portable.lacks`."""
+Activations = Callable[["Portable"], Tensor]
+"""Raw activations x_ND, filtered as in training, at the hookpoint that a file names."""
+
+
 @dataclass(kw_only=True, frozen=True)
 class ImportOptions:
     """What a user may state where a file does not; a value that contradicts the file is an error."""
@@ -39,6 +45,9 @@ class ImportOptions:
     """SAELens files whose norm expected_average_only_in was not folded: n = x * scale_in."""
     hookpoint: str | None = None
     """Native name of the module that the SAE reads; overrides what the file says."""
+    calibrate_on: Activations | None = field(default=None, compare=False)
+    """Gives activations on which a scale or a threshold that the file lacks is measured; without it such a file is
+    refused."""
     allow_16bit_thresholds: bool = False
     """Take thresholds and biases that were rounded to 16 bits: their set of active latents is not the trained one."""
 
@@ -83,6 +92,8 @@ class Portable:
     train_tokens: int | None = None
     recipe: tuple[str, ...] = ()
     """Foldings applied since the file was read."""
+    lacks: tuple[str, ...] = ()
+    """What is still to be measured on activations (:mod:`sae.import_calibration`)."""
     files: tuple[Path, ...] = ()
     """Files it was read from: their hashes name the import."""
     version: str | None = None
@@ -103,7 +114,8 @@ class Portable:
 
 
 class Format(Protocol):
-    """What ``sae/formats/<name>.py`` offers as ``PLUGIN``. Formats that can be written also have ``write``."""
+    """What ``sae/formats/<name>.py`` offers as ``PLUGIN``. Formats that can be written also have ``write``; formats
+    whose SAE is a folder have ``files``, patterns of its content with the weights first, for the hub."""
 
     title: str
     """For messages and for ``inspect``."""
@@ -201,7 +213,8 @@ def _check_semantics(p: Portable) -> None:
     counted = p.activation in ("topk", "groupmax", "topk_signed")
     need(not counted or (p.k is not None and 1 <= p.k <= p.d_sae), f"{p.activation} needs k in 1..{p.d_sae}, not {p.k}")
     need(p.activation != "groupmax" or p.d_sae % (p.k or 1) == 0, f"k = {p.k} groups do not divide {p.d_sae} latents")
-    need(p.activation != "threshold" or p.threshold_F is not None, "activation threshold needs a threshold per latent")
+    has_threshold = p.threshold_F is not None or THRESHOLD in p.lacks
+    need(p.activation != "threshold" or has_threshold, "activation threshold needs a threshold per latent")
     gated = all(t is not None for t in (p.b_gate_F, p.b_mag_F, p.r_mag_F))
     need(p.activation != "gated" or gated, "gated needs b_gate, b_mag and r_mag")
     need((p.b_enc_F is None) == (p.activation == "gated"), "b_enc belongs to every activation but gated")

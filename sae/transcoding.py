@@ -1,8 +1,8 @@
 """Transcoders: the code of one activation reconstructs another, such as an MLP's output from its input.
 
-Shapes: N tokens, D = d_in, O = d_out, F = d_sae. ``u = n - b_pre``; ``z = topk(u W_enc + b_enc)``;
-``y = z W_dec + b_dec (+ n W_skip.T)``. Inputs and targets have one factor each for all tokens (``dataset_rms``), or
-none: the norm of a target is unknown at inference.
+Shapes: N tokens, D = d_in, O = d_out, F = d_sae. ``u = n - b_pre``; ``z = act(u W_enc + b_enc)``, act TopK, ReLU or
+JumpReLU; ``y = z W_dec + b_dec (+ n W_skip.T)``. Inputs and targets have one factor each for all tokens
+(``dataset_rms``), or none: the norm of a target is unknown at inference.
 """
 
 from typing import Any
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from sae import optim
-from sae.base import B_DEC_SAMPLE_TOKENS, Entries, SparseLatents, StepLoss, TrainState, step_loss
+from sae.base import B_DEC_SAMPLE_TOKENS, SAE, Entries, SparseLatents, StepLoss, TrainState, step_loss
 from sae.config import SAEConfig, TrainConfig
 from sae.errors import ConfigError
+from sae.jump_code import JumpReLUCode
 from sae.manifest import seed_of
+from sae.relu_code import ReLUCode
 from sae.topk_code import TopKCode
 
 START_SHARE = 0.1
 """Mean length of the first reconstructions over that of the centred targets (TRAINING 4)."""
 
 
-class TranscoderBase(TopKCode):
-    """A TopK code of n that reconstructs t; ``b_dec`` is in the space of t, ``b_pre`` in that of n."""
+class Pairs(SAE):
+    """Put before a code of n, makes it reconstruct t; ``b_dec`` is in the space of t, ``b_pre`` in that of n."""
 
     transcodes = True
 
@@ -55,11 +57,10 @@ class TranscoderBase(TopKCode):
         return t_NO.to(self.W_dec_FD) * (norm.scale_out if norm.kind == "dataset_rms" else 1.0)
 
     def training_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
-        """Normalised squared error on ``state.target_ND`` plus the auxiliary loss of dead latents on its residual."""
+        """Loss of the code, with its penalties, on ``state.target_ND``."""
         if state.target_ND is None:
             raise ConfigError("a transcoder is trained on pairs: give train_many a sae.paired.PairedStore")
-        no_penalty = torch.zeros((), dtype=n_ND.dtype, device=n_ND.device)
-        return step_loss(self, n_ND, self.encode_entries(n_ND), state, no_penalty, with_aux=True)
+        return super().training_loss(n_ND, state)
 
     @torch.no_grad()
     def initialise_pair(self, n_ND: Tensor, t_NO: Tensor, seed: int) -> None:
@@ -70,14 +71,20 @@ class TranscoderBase(TopKCode):
         self.W_dec_FD.copy_(optim.unit_rows(self.d_sae, self.cfg.d_out, seed_of("transcoder-init-dec", seed)))
         self.W_enc_FD.copy_(optim.unit_rows(self.d_sae, self.d_in, seed_of("transcoder-init-enc", seed)))
         self.b_enc_F.zero_()
-        first_nO = TopKCode.decode_normalised(self, self.encode_entries(n_ND[:4096])) - self.b_dec_D
-        length = float(torch.linalg.vector_norm(first_nO, dim=1).mean())
+        self.start_sparse(n_ND)
+        first_nO = SAE.decode_normalised(self, self.encode_entries(n_ND[:4096])) - self.b_dec_D
+        length = self.typical_length(torch.linalg.vector_norm(first_nO, dim=1))
         wanted = START_SHARE * float(torch.linalg.vector_norm(t_NO - self.b_dec_D, dim=1).mean())
         if length > 0 and wanted > 0:
             self.scale_codes_(wanted / length)
 
+    @staticmethod
+    def typical_length(lengths_N: Tensor) -> float:
+        """Of the first reconstructions."""
+        return float(lengths_N.mean())
 
-class SkipTranscoderBase(TranscoderBase):
+
+class SkipPairs(Pairs):
     """With a linear path from input to output (Paulo et al., arXiv 2501.18823); W_skip starts at 0."""
 
     def __init__(self, cfg: SAEConfig) -> None:
@@ -92,3 +99,37 @@ class SkipTranscoderBase(TranscoderBase):
         if n_ND is None:
             raise ValueError("a skip transcoder decodes latents together with the normalised input n_ND")
         return super().decode_normalised(latents) + n_ND @ self.W_skip_DD.t()
+
+
+class _TopKFit(TopKCode):
+    """The TopK code with the loss that a transcoder has."""
+
+    def training_loss(self, n_ND: Tensor, state: TrainState) -> StepLoss:
+        """Normalised squared error plus the auxiliary loss of dead latents on its residual."""
+        no_penalty = torch.zeros((), dtype=n_ND.dtype, device=n_ND.device)
+        return step_loss(self, n_ND, self.encode_entries(n_ND), state, no_penalty, with_aux=True)
+
+
+class TopKPairs(Pairs, _TopKFit):
+    """A transcoder with the TopK code."""
+
+
+class ReLUPairs(Pairs, ReLUCode):
+    """A transcoder with the ReLU code, sparse from the first step."""
+
+    def start_sparse(self, n_ND: Tensor) -> None:
+        self.lower_biases_(n_ND)
+
+    @staticmethod
+    def typical_length(lengths_N: Tensor) -> float:
+        """Root mean square: most tokens have no latent at the start, and the mean would let the others be long."""
+        return float(lengths_N.square().mean().sqrt())
+
+
+class JumpReLUPairs(Pairs, JumpReLUCode):
+    """A transcoder with the JumpReLU code, its window fitted to the first pre-activations."""
+
+    @torch.no_grad()
+    def initialise_pair(self, n_ND: Tensor, t_NO: Tensor, seed: int) -> None:
+        super().initialise_pair(n_ND, t_NO, seed)
+        self.fit_window_(n_ND)

@@ -3,10 +3,10 @@
 What is linear takes no latents. Trained on a :class:`sae.paired.PairedStore`; formulas in :mod:`sae.transcoding`.
 """
 
-from sae.transcoding import SkipTranscoderBase
+from sae.transcoding import SkipPairs, TopKPairs
 
 
-class SkipTranscoder(SkipTranscoderBase):
+class SkipTranscoder(SkipPairs, TopKPairs):
     """``y = z W_dec + b_dec + n W_skip.T``."""
 
 

@@ -3,10 +3,10 @@
 Trained on a :class:`sae.paired.PairedStore`; formulas in :mod:`sae.transcoding`.
 """
 
-from sae.transcoding import TranscoderBase
+from sae.transcoding import TopKPairs
 
 
-class Transcoder(TranscoderBase):
+class Transcoder(TopKPairs):
     """Input and target hookpoint differ, and so may their widths."""
 
 

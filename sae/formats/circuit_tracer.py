@@ -1,4 +1,4 @@
-"""circuit-tracer per-layer transcoders: ``layer_i.safetensors`` beside ``config.yaml``; import only (FORMATS 5.8).
+"""circuit-tracer per-layer transcoders: ``layer_i.safetensors`` beside ``config.yaml`` (FORMATS 5.8).
 
 One file is one transcoder. ``W_enc`` and ``W_dec`` both lie [F, D]; there is no pre-bias and no norm. ``topk`` there
 keeps negative values. Its JumpReLU has no ReLU, so that a negative threshold would let negative values through.
@@ -10,11 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
-from sae.hook_names import from_transformer_lens
+from sae.hook_names import from_transformer_lens, to_transformer_lens
 from sae.portable import Activation, ImportOptions, Portable, shaped, stated, take
 from sae.safe_files import read_safetensors, read_yaml
 
@@ -23,7 +25,7 @@ _THRESHOLD = "activation_function.threshold"
 
 
 class CircuitTracer:
-    """Reader."""
+    """Reader and writer."""
 
     title = "circuit-tracer (layer_i.safetensors beside config.yaml)"
 
@@ -35,7 +37,9 @@ class CircuitTracer:
     def read(self, path: Path, options: ImportOptions) -> Portable:
         if path.is_dir():
             layers = sorted(path.glob("layer_*.safetensors"))
-            raise ConfigError(f"{path} holds {len(layers)} transcoders; name one of them, e.g. {layers[0]}")
+            if len(layers) != 1:
+                raise ConfigError(f"{path} holds {len(layers)} transcoders; name one of them, e.g. {layers[0]}")
+            path = layers[0]
         where = path.parent / CFG
         cfg = read_yaml(where)
         if stated(where, cfg, "model_kind", str) != "transcoder_set":
@@ -65,6 +69,55 @@ class CircuitTracer:
             hookpoint=from_transformer_lens(hooks[0], lm), hookpoint_out=from_transformer_lens(hooks[1], lm),
             files=(where, path), extra={"circuit_tracer": json.loads(json.dumps(cfg, default=str))},
         )  # fmt: skip
+
+    def write(self, p: Portable, folder: Path) -> None:
+        """One layer and its config.yaml. ``Unsupported``: SAEs, activations but relu and threshold, per-token norms,
+        another output width, hooks that do not name one layer."""
+        p = _expressible(p)
+        assert p.b_enc_F is not None
+        layer, read, written = _hooks(p)
+        tensors = {"W_enc": p.W_enc_FD, "W_dec": p.W_dec_FD, "b_enc": p.b_enc_F, "b_dec": p.b_dec_D}
+        if p.activation == "threshold" and p.threshold_F is not None:
+            tensors[_THRESHOLD] = p.threshold_F.clamp_min(0)
+        if p.W_skip_DD is not None:
+            tensors["W_skip"] = p.W_skip_DD
+        cfg = {
+            "model_kind": "transcoder_set", "model_name": p.lm, "feature_input_hook": read,
+            "feature_output_hook": written, "scan_name": "saescope", "transcoders": [f"layer_{layer}.safetensors"],
+        } | ({"activation": "relu"} if p.activation == "relu" else {})  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.float().contiguous() for n, t in tensors.items()}, folder / f"layer_{layer}.safetensors")
+        # JSON is YAML, and needs no quoting rules of its own.
+        (folder / CFG).write_text(json.dumps(cfg, indent=1) + "\n", encoding="utf-8")
+
+
+def _expressible(p: Portable) -> Portable:
+    if not p.transcoder:
+        raise Unsupported(f"{p.where} is an SAE; circuit-tracer reads transcoders; --to saelens or native can")
+    if p.activation not in ("relu", "threshold"):
+        raise Unsupported(
+            f"{p.where}: circuit-tracer's topk keeps negative values, so {p.activation} cannot be written; --to native"
+        )
+    p = foldings.remove_pre_bias(foldings.fold_gate_scale(foldings.fold_dataset_norm(p, keep_codes=True)))
+    if p.input_norm.kind != "none" or int(p.W_dec_FD.shape[1]) != p.d_in:
+        raise Unsupported(f"{p.where}: circuit-tracer has no {p.input_norm.kind}, and one width; --to native keeps it")
+    return p
+
+
+def _hooks(p: Portable) -> tuple[str, str, str]:
+    """Layer, input hook and output hook, the last two without their ``blocks.<layer>.``."""
+    given = [p.hook if p.hook and p.hook.startswith("blocks.") else None, None]
+    names = [
+        name or (to_transformer_lens(point, p.lm) if point else None)
+        for name, point in zip(given, (p.hookpoint, p.hookpoint_out), strict=True)
+    ]
+    parts = [re.fullmatch(r"blocks\.(\d+)\.(.+)", name or "") for name in names]
+    if parts[0] is None or parts[1] is None or parts[0].group(1) != parts[1].group(1) or p.lm is None:
+        raise Unsupported(
+            f"{p.where}: circuit-tracer wants the model and two hooks of one layer, here {p.lm}, {names[0] or p.hook}, "
+            f"{names[1] or p.hookpoint_out}; --to native keeps it"
+        )
+    return parts[0].group(1), parts[0].group(2), parts[1].group(2)
 
 
 def _threshold(path: Path, tensors: dict[str, Tensor], d_sae: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
-from sae.portable import Activation, ImportOptions, Portable, said, shaped, stated, take
+from sae.portable import THRESHOLD, Activation, ImportOptions, Portable, said, shaped, stated, take
 from sae.safe_files import read_json, read_torch
 
 WEIGHTS, CFG = "ae.pt", "config.json"
@@ -68,6 +68,7 @@ class DictionaryLearning:
     """Reader and writer."""
 
     title = "dictionary_learning (ae.pt + config.json)"
+    files = ("ae.pt", "config.json")
 
     def recognises(self, path: Path) -> bool:
         return (path.is_dir() and (path / WEIGHTS).is_file()) or (path.is_file() and path.name == WEIGHTS)
@@ -161,9 +162,12 @@ def _how_it_runs(
     if float(threshold) >= 0:
         return run | {"threshold_F": threshold.expand(d_sae)}
     if options.activation != "topk":
+        if options.calibrate_on is not None:
+            return run | {"lacks": (THRESHOLD,)}
         raise ConfigError(
             f"{file}: the threshold is {float(threshold):g}: it was never calibrated (training sets it after step "
-            "1,000), and the SAE would be dense; pass --activation topk to run the K largest per token"
+            "1,000), and the SAE would be dense; pass --activation topk to run the K largest per token, or "
+            "--calibrate --check-on MODEL to measure a threshold"
         )
     return run | {"architecture": "topk", "activation": "topk", "group_sizes": None}
 

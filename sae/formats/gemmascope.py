@@ -28,6 +28,7 @@ class GemmaScope:
     """Reader of both generations, writer of the first."""
 
     title = "Gemma Scope (params.npz, or params.safetensors + config.json)"
+    files = ("params.*", "config.json")
 
     def recognises(self, path: Path) -> bool:
         file = _file(path)
@@ -117,7 +118,9 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     """lm, hook, hookpoint and whether it is a transcoder: from the configuration, else from the folders."""
-    text = "/".join(part for part in file.parent.parts[-4:])
+    # In the hub's cache the repository stands above snapshots/<commit>, as models--google--gemma-scope-...
+    parts = file.parent.parts
+    text = "/".join([*(part for part in parts[:-4] if part.startswith("models--")), *parts[-4:]])
     layer, l0 = re.search(r"layer_(\d+)", text), re.search(r"average_l0_(\d+)|_l0_(\w+)", text)
     size = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)-(\w+)", text)
     lm = None

@@ -23,6 +23,7 @@ class LlamaScope:
     """Reader."""
 
     title = "Llama Scope 2024 (hyperparams.json + checkpoints/final.safetensors)"
+    files = ("hyperparams.json", "checkpoints/final.safetensors", "final.safetensors")
 
     def recognises(self, path: Path) -> bool:
         return path.is_dir() and (path / CFG).is_file()

@@ -18,7 +18,7 @@ from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.hook_names import from_transformer_lens, to_transformer_lens
-from sae.portable import Activation, ImportOptions, Portable, said, shaped, stated, take, width
+from sae.portable import THRESHOLD, Activation, ImportOptions, Portable, said, shaped, stated, take, width
 from sae.safe_files import read_json, read_safetensors, read_torch
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _NORM = "dataset_average_activation_norm."
 _ACTIVATION: dict[str, tuple[str, Activation]] = {
     "relu": ("relu", "relu"), "topk": ("topk", "topk"), "jumprelu": ("jumprelu", "threshold"),
+    "batchtopk": ("batchtopk", "threshold"),
 }  # fmt: skip
 
 
@@ -34,6 +35,7 @@ class Llamascopium:
     """Reader and writer."""
 
     title = "Llamascopium (config.json + sae_weights.safetensors or .pt)"
+    files = ("sae_weights.*", "config.json")
 
     def recognises(self, path: Path) -> bool:
         if not path.is_dir() or not (path / CFG).is_file() or (path / "cfg.json").is_file():
@@ -48,14 +50,15 @@ class Llamascopium:
         if said(where, cfg, "use_glu_encoder", bool):
             raise Unsupported(f"{where}: an encoder with a gated linear unit cannot be run")
         file, tensors = _tensors(path)
-        activation, k = _activation(where, cfg)
+        activation, k, lacks = _activation(where, cfg, options)
         d_in = width(where, cfg, "d_model")
         d_sae = int(d_in * stated(where, cfg, "expansion_factor", (int, float)))
         hook_in, hook_out = stated(where, cfg, "hook_point_in", str), stated(where, cfg, "hook_point_out", str)
         norms = {f"{_NORM}{hook}" for hook in (hook_in, hook_out)}
+        stores = activation == "threshold" and not lacks
         has_bias = stated(where, cfg, "use_decoder_bias", bool)
         needed = ["W_E", "b_E", "W_D", *(["b_D"] if has_bias else [])]
-        take(file, tensors, [*needed, *([_LOG_THRESHOLD] if activation == "threshold" else [])], norms)
+        take(file, tensors, [*needed, *([_LOG_THRESHOLD] if stores else [])], norms)
         folded = cfg.get("norm_activation") == "inference" and cfg.get("written_by") != "saescope"
         if activation == "threshold" and folded:
             logger.warning(
@@ -69,12 +72,12 @@ class Llamascopium:
             W_dec_FD=shaped(file, "W_D", tensors["W_D"], (d_sae, d_in)),
             b_enc_F=shaped(file, "b_E", tensors["b_E"], (d_sae,)),
             b_dec_D=shaped(file, "b_D", tensors["b_D"], (d_in,)) if has_bias else torch.zeros(d_in),
-            threshold_F=None if activation != "threshold" else shaped(file, _LOG_THRESHOLD, log_F, (d_sae,)).exp(),
+            threshold_F=None if not stores else shaped(file, _LOG_THRESHOLD, log_F, (d_sae,)).exp(),
             apply_b_dec_to_input=False, input_norm=_norm(where, file, cfg, tensors, d_in), k=k,
             gate_scale="decoder_norm" if stated(where, cfg, "sparsity_include_decoder_norm", bool) else "none",
             transcoder=hook_in != hook_out, lm=lm, hook=hook_in, hookpoint=from_transformer_lens(hook_in, lm),
             hookpoint_out=from_transformer_lens(hook_out, lm) if hook_in != hook_out else None,
-            files=(where, file), extra={"llamascopium": cfg},
+            files=(where, file), extra={"llamascopium": cfg}, lacks=lacks,
         )  # fmt: skip
 
     def write(self, p: Portable, folder: Path) -> None:
@@ -116,14 +119,21 @@ def _tensors(path: Path) -> tuple[Path, dict[str, Any]]:
     return found[0], dict(values["sae"])
 
 
-def _activation(where: Path, cfg: dict[str, Any]) -> tuple[Activation, int | None]:
+def _activation(
+    where: Path, cfg: dict[str, Any], options: ImportOptions
+) -> tuple[Activation, int | None, tuple[str, ...]]:
+    """Activation, k, and what has to be measured."""
     name = stated(where, cfg, "act_fn", str).lower()
     if name not in _ACTIVATION:
+        raise Unsupported(f"{where}: act_fn {name!r} cannot be run; known: {', '.join(_ACTIVATION)}")
+    lacks = (THRESHOLD,) if name == "batchtopk" else ()
+    if lacks and options.calibrate_on is None:
         raise Unsupported(
-            f"{where}: act_fn {name!r} stores no threshold and cannot be run; known: {', '.join(_ACTIVATION)}"
+            f"{where}: act_fn 'batchtopk' stores no threshold; measure one with --calibrate --check-on MODEL"
         )
-    # top_k is written for every activation; only topk means it.
-    return _ACTIVATION[name][1], stated(where, cfg, "top_k", int) if name == "topk" else None
+    # top_k is written for every activation; only these mean it.
+    k = stated(where, cfg, "top_k", int) if name in ("topk", "batchtopk") else None
+    return _ACTIVATION[name][1], k, lacks
 
 
 def _norm(where: Path, file: Path, cfg: dict[str, Any], tensors: dict[str, Tensor], d_in: int) -> InputNorm:

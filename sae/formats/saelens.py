@@ -18,7 +18,7 @@ from sae import foldings
 from sae.config import InputNorm
 from sae.errors import ConfigError, Unsupported
 from sae.hook_names import from_transformer_lens, to_transformer_lens
-from sae.portable import ImportOptions, Portable, said, shaped, stated, take, width
+from sae.portable import SCALE, ImportOptions, Portable, said, shaped, stated, take, width
 from sae.safe_files import read_json, read_safetensors
 
 WEIGHTS, CFG = "sae_weights.safetensors", "cfg.json"
@@ -42,6 +42,7 @@ _ACTIVATION = {
 _OWN = {
     "relu": ["b_enc"], "topk": ["b_enc"], "threshold": ["b_enc", "threshold"], "gated": ["b_gate", "b_mag", "r_mag"],
 }  # fmt: skip
+_UNFOLDED = "expected_average_only_in"
 _OURS = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka", "gated": "gated", "topk": "topk"}
 _FIELDS = {"b_enc": "b_enc_F", "threshold": "threshold_F", "b_gate": "b_gate_F", "b_mag": "b_mag_F", "r_mag": "r_mag_F"}
 
@@ -50,6 +51,7 @@ class SAELens:
     """Reader and writer."""
 
     title = "SAELens (sae_weights.safetensors + cfg.json)"
+    files = ("sae_weights.safetensors", "cfg.json")
 
     def recognises(self, path: Path) -> bool:
         if not path.is_dir() or not (path / WEIGHTS).is_file():
@@ -142,7 +144,7 @@ def _from_old(old: dict[str, Any], where: Path) -> dict[str, Any]:
         raise Unsupported(f"{where}: activation_fn {activation!r} cannot be run; known: relu, topk")
     hook = said(where, flat, "hook_name", str) or ""
     norm = flat.get("normalize_activations") or "none"  # a bool, a name, or absent
-    norm = "expected_average_only_in" if norm is True else norm
+    norm = _UNFOLDED if norm is True else norm
     new = {
         "architecture": architecture, "d_in": flat.get("d_in"), "d_sae": flat.get("d_sae"),
         "apply_b_dec_to_input": flat.get("apply_b_dec_to_input", True), "normalize_activations": norm,
@@ -164,13 +166,15 @@ def _norm(where: Path, cfg: dict[str, Any], options: ImportOptions) -> InputNorm
         return InputNorm(kind=kind, eps=1e-5, ddof=1)  # type: ignore[arg-type]
     if kind == "constant_norm_rescale":
         return InputNorm(kind="unit_norm", eps=0.0, center=False, target="sqrt_d")
-    if kind == "expected_average_only_in":
-        if options.scale_in is None:
+    if kind == _UNFOLDED:
+        if options.scale_in is None and options.calibrate_on is None:
             raise ConfigError(
                 f"{where}: the norm expected_average_only_in was not folded into the weights, and the file does not "
-                "hold its scale; export the SAE with save_inference_model, or pass --scale-in"
+                "hold its scale; export the SAE with save_inference_model, pass --scale-in, or measure it with "
+                "--calibrate --check-on MODEL"
             )
-        return InputNorm(kind="dataset_rms", scale_in=options.scale_in, scale_out=options.scale_in)
+        scale = options.scale_in or 1.0  # 1.0 stands until it is measured (lacks)
+        return InputNorm(kind="dataset_rms", scale_in=scale, scale_out=scale)
     raise Unsupported(f"{where}: normalize_activations {kind!r} cannot be run")
 
 
@@ -208,6 +212,7 @@ def _portable(path: Path, where: Path, cfg: dict[str, Any], architecture: str, o
         context_tokens=said(where, metadata, "context_size", int),
         prepend_bos=said(where, metadata, "prepend_bos", bool),
         files=(where, file), version=version, extra={"saelens": metadata},
+        lacks=(SCALE,) if options.scale_in is None and cfg["normalize_activations"] == _UNFOLDED else (),
     )  # fmt: skip
 
 

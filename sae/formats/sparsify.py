@@ -28,6 +28,7 @@ class Sparsify:
     """Reader and writer."""
 
     title = "sparsify (sae.safetensors with encoder.weight + cfg.json)"
+    files = ("sae.safetensors", "cfg.json", "../config.json", "../../config.json")
 
     def recognises(self, path: Path) -> bool:
         if not path.is_dir() or not (path / WEIGHTS).is_file() or (path / "reference.safetensors").is_file():

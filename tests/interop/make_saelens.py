@@ -69,6 +69,10 @@ def main(out: Path) -> None:
         "jumprelu_transcoder": (
             sae_lens.JumpReLUTranscoder, sae_lens.JumpReLUTranscoderConfig, {"d_out": D, "apply_b_dec_to_input": False}
         ),
+        "jumprelu_skip_transcoder": (
+            sae_lens.JumpReLUSkipTranscoder, sae_lens.JumpReLUSkipTranscoderConfig,
+            {"d_out": D, "apply_b_dec_to_input": False},
+        ),
     }  # fmt: skip
     for seed, (name, (kind, config, extra)) in enumerate(cases.items()):
         sae = kind(config(**base, **extra, metadata=metadata()))

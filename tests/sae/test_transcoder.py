@@ -14,10 +14,11 @@ from planted_store import META, PlantedStore, planted_store
 from sae import checkpoint, metrics
 from sae.activations import capture_activations
 from sae.base import random_like
-from sae.config import TokensConfig
+from sae.config import InputNorm, SAEConfig, TokensConfig, TrainConfig
 from sae.errors import ConfigError, DataError, Unsupported
 from sae.language_model import LanguageModel
 from sae.paired import PairedStore
+from sae.plugins import find
 from sae.tokens import TokenSet, build_tokens
 from sae.train import train_many
 
@@ -80,6 +81,27 @@ def test_a_plain_sae_beside_transcoders_reconstructs_its_input(store: Pairs, tra
 def test_configurations_that_cannot_run(changes: dict[str, Any], says: str, store: Pairs, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         train_many(tmp_path, store, [replace(CFG, **changes)], META)
+
+
+@pytest.mark.parametrize("name", ["relu_transcoder", "jumprelu_transcoder", "relu_skip_transcoder"])
+def test_the_other_codes_are_trained_too(name: str, store: Pairs, tmp_path: Path) -> None:
+    (folder,) = train_many(tmp_path, store, [replace(CFG, architecture=name, l1=0.01)], META)
+    found = checkpoint.load(folder)
+    active = float((found.encode(store.x_ND) > 0).sum(1).double().mean())
+    assert 0.5 < active < 24 and fvu(store, folder) < 0.85, (active, fvu(store, folder))
+
+
+def test_the_window_of_a_jumprelu_transcoder_is_fitted(store: Pairs) -> None:
+    kind = find("sae.architectures", "jumprelu_transcoder")
+    plain = TrainConfig(architecture="jumprelu_transcoder", d_sae=48, k=4)
+    cfg = SAEConfig(
+        architecture="jumprelu_transcoder", d_in=store.d_in, d_out=D_OUT, d_sae=48, input_norm=InputNorm(kind="none"),
+        sae_id="tiny", meta=None, train_tokens=0, train_steps=0, seed=0, **kind.cfg_fields(plain),
+    )  # fmt: skip
+    made = kind(cfg)
+    made.initialise_pair(store.x_ND, store.read_target(np.arange(store.n_kept)), 0)
+    h_NF = made.pre_activations(store.x_ND[:1_024])
+    assert float(made.bandwidth) == pytest.approx(0.1 * float(h_NF.std()), rel=1e-4)
 
 
 def test_one_store_is_not_enough(store: Pairs, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> t
     cfg, name = state.cfg, sae.cfg.architecture
     t, b_pre = (n, sae.b_dec_D) if state.target_ND is None else (state.target_ND, sae.b_in_D)
     h = (n - b_pre) @ sae.W_enc_FD.T + sae.b_enc_F
-    skip = n @ sae.W_skip_DD.T if name == "skip_transcoder" else 0
+    skip = n @ sae.W_skip_DD.T if hasattr(sae, "W_skip_DD") else 0
     mse = lambda y: (t - y).square().sum(1).mean() / state.v0  # noqa: E731
     decode = lambda z: z @ sae.W_dec_FD + sae.b_dec_D + skip  # noqa: E731
     extra = n.new_zeros(())
@@ -73,7 +73,7 @@ def dense_loss(sae: SAE, n: Tensor, state: TrainState, dead: Tensor | None) -> t
         z = (groups * largest).relu().flatten(1)
     elif name in ("batchtopk", "matryoshka"):
         z = batch_topk(h, sae.cfg.k)
-    elif name == "jumprelu":
+    elif name.startswith("jumprelu"):
         width = float(sae.bandwidth)
         z = Jump.apply(h, sae.threshold_F, width)
         l0 = Step.apply(h, sae.threshold_F, width).sum(1).mean()

@@ -38,7 +38,7 @@ EXPRESSIBLE = {
 def allowed(path: Path) -> set[str]:
     p = loading.read(path)
     if p.transcoder:
-        return {"native", "sparsify"} if p.activation == "topk" else {"saelens"}
+        return {"native", "sparsify"} if p.activation == "topk" else {"native", "saelens"}
     if p.input_norm.kind == "layer_norm":
         return {"native", "saelens"} | ({"openai"} if p.activation == "topk" else set())
     if p.input_norm.kind == "unit_norm":
@@ -259,16 +259,11 @@ def test_check_on_a_model(tmp_path: Path):
     done = door("inspect", str(CASES["saelens/topk"]), *words, "--hookpoint", "layers.1")
     assert done.returncode in (0, 1) and "recipe probe on 512 tokens" in done.stdout, done.stderr
     assert "without pre-bias" in done.stdout
-    out = door(
-        "convert",
-        str(CASES["saelens/topk"]),
-        str(tmp_path / "o"),
-        "--to",
-        "sparsify",
-        *words,
-        "--hookpoint",
-        "layers.1",
-    )
+    words += ["--hookpoint", "layers.1"]
+    suspect = door("convert", str(CASES["saelens/topk"]), str(tmp_path / "o"), "--to", "sparsify", *words)
+    assert suspect.returncode == 1 and "suspect" in suspect.stdout and not (tmp_path / "o").exists(), suspect.stderr
+    accepted = [*words, "--accept-recipe"]
+    out = door("convert", str(CASES["saelens/topk"]), str(tmp_path / "o"), "--to", "sparsify", *accepted)
     assert out.returncode == 0 and "synthetic" not in out.stdout, out.stderr
     save_tiny_lm(tmp_path / "wide", width=32)
     wrong = door("inspect", str(CASES["saelens/topk"]), "--check-on", str(tmp_path / "wide"), "--hookpoint", "layers.1")

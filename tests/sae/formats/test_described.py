@@ -22,6 +22,7 @@ from foreign import (
 
 import sae
 from sae import loading
+from sae.convert import convert
 from sae.errors import ArtefactError, ConfigError, Unsupported
 from sae.portable import ImportOptions, naive_forward
 
@@ -124,8 +125,8 @@ def test_gemma_scope_transcoders_and_layers_of_a_clt(tmp_path: Path):
     p = loading.read(folder)
     assert p.transcoder and p.hookpoint == "layers.4.pre_feedforward_layernorm"
     assert np.linalg.norm(naive_forward(p, tensor(X)).x_hat_ND - want) <= 1e-5 * np.linalg.norm(want)
-    with pytest.raises(Unsupported, match="transcoder"):
-        loading.load(folder)
+    agree(folder, np.where(h > w["theta"], np.maximum(h, 0), 0), want)
+    assert loading.load(folder).cfg.architecture == "jumprelu_skip_transcoder"
     clt = write_gemma2(tmp_path / "clt", w | {"dec": np.zeros((F, 3, D))}, cfg)
     with pytest.raises(Unsupported, match="cross-layer"):
         loading.load(clt)
@@ -222,10 +223,38 @@ def test_circuit_tracer_transcoders(tmp_path: Path):
         assert np.linalg.norm(found.x_hat_ND - want) <= 1e-5 * np.linalg.norm(want), name
         assert p.hookpoint == "layers.5.pre_feedforward_layernorm:in" and p.transcoder
         assert p.hookpoint_out == "layers.5.post_feedforward_layernorm"
-        with pytest.raises(Unsupported, match="transcoder"):
-            loading.load(path)
+        if name == "topk":
+            with pytest.raises(Unsupported, match="--activation topk"):
+                loading.load(path)
+            positive = np.maximum(signed, 0)
+            agree(path, positive, positive @ w["dec"] + w["b_dec"], ImportOptions(activation="topk"))
+        else:
+            agree(path, z, want)
+        assert loading.read(path.parent).where == str(path), "one layer needs no name"
+        (path.parent / "layer_6.safetensors").write_bytes(path.read_bytes())
         with pytest.raises(ConfigError, match="layer_5.safetensors"):
             loading.read(path.parent)
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "skip"])
+def test_circuit_tracer_files_are_written_again(tmp_path: Path, name: str):
+    """Through native and back: the same hooks, model and function."""
+    w, skip = arrays(7), np.random.default_rng(0).normal(size=(D, D))
+    extra = {"relu": {}, "jumprelu": {"activation_function.threshold": w["theta"]}, "skip": {"W_skip": skip}}[name]
+    path = write_tracer(tmp_path / name, w, {}, **extra)
+    convert(path, tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "back", "circuit_tracer")
+    again, p = loading.read(tmp_path / "back" / "layer_5.safetensors"), loading.read(path)
+    assert (again.hook, again.hookpoint, again.hookpoint_out, again.lm) == (
+        p.hook, p.hookpoint, p.hookpoint_out, p.lm
+    )  # fmt: skip
+    a, b = (naive_forward(q, tensor(X)) for q in (again, p))
+    assert ((a.z_NF != 0) == (b.z_NF != 0)).all() and np.abs(a.x_hat_ND - b.x_hat_ND).max() <= 1e-4
+    with pytest.raises(Unsupported, match="is an SAE"):
+        convert(write_gemma(tmp_path / "g", w), tmp_path / "no", "circuit_tracer")
+    hookless = write_gemma2(tmp_path / "transcoder" / "x", w, None)
+    with pytest.raises(Unsupported, match="two hooks of one layer"):
+        convert(hookless, tmp_path / "no", "circuit_tracer")
 
 
 def test_circuit_tracer_files_that_cannot_be_read(tmp_path: Path):
@@ -270,3 +299,29 @@ def test_goodfire_and_qwen_scope_have_no_pre_bias(tmp_path: Path):
     with pytest.raises(ConfigError, match="pass --k"):
         loading.load(silent)
     agree(silent, z, z @ w["dec"] + w["b_dec"], ImportOptions(k=K))
+
+
+def write_e2e(path: Path, w: dict[str, np.ndarray], prefix: str = "", **changes: np.ndarray) -> Path:
+    names = ("encoder.0.weight", "encoder.0.bias", "decoder.weight", "decoder.bias")
+    made = dict(zip(names, (w["enc"], w["b_enc"], w["dec"].T, w["b_dec"]), strict=True)) | changes
+    torch.save({prefix + name: tensor(a) for name, a in made.items()}, path)
+    return path
+
+
+def test_e2e_sae_normalises_its_decoder_on_every_use(tmp_path: Path):
+    w = arrays(9)
+    z = np.maximum(X @ w["enc"].T + w["b_enc"], 0)
+    unit = w["dec"] / np.linalg.norm(w["dec"], axis=1, keepdims=True)
+    plain = write_e2e(tmp_path / "a.pt", w)
+    agree(plain, z, z @ unit + w["b_dec"])
+    named = write_e2e(tmp_path / "b.pt", w, "saes.blocks-6-hook_resid_pre.")
+    agree(named, z, z @ unit + w["b_dec"])
+    assert loading.read(named).hook == "blocks.6.hook_resid_pre"
+    assert loading.load(plain).cfg.decoder_unit_norm
+    with pytest.raises(ConfigError, match="decoder.weight has shape .* transposed"):
+        loading.load(write_e2e(tmp_path / "c.pt", w, **{"decoder.weight": w["dec"]}))
+    both = torch.load(named, weights_only=True)
+    both |= {k.replace("-6-", "-10-"): v for k, v in both.items()}
+    torch.save(both, tmp_path / "two.pt")
+    with pytest.raises(ArtefactError, match="2 SAEs"):
+        loading.load(tmp_path / "two.pt")
