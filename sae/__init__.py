@@ -11,6 +11,7 @@ _PUBLIC = {
     "SparseLatents": "sae.base",
     "load": "sae.loading",
     "save": "sae.checkpoint",
+    "upload": "sae.hub_upload",
     "LanguageModel": "sae.language_model",
 }
 __all__ = list(_PUBLIC)

@@ -1,4 +1,4 @@
-"""``python -m sae assets | convert | inspect | train``: a dispatcher that imports nothing heavy before it knows why."""
+"""``python -m sae COMMAND``: a dispatcher that imports nothing heavy before it knows why."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ _COMMANDS = {
     "assets": ("sae.__main__", "assets_main", "fetch the embedded model and texts; print paths, sizes, licences"),
     "train": ("sae.train_door", "main", "train SAEs, several from one stream; --plan predicts time, memory, disk"),
     "convert": ("sae.format_doors", "convert_main", "write an SAE in another format, self-checked"),
+    "upload": ("sae.hub_upload", "main", "put an SAE on the hub with a card that carries its measured numbers"),
     "scaling": ("sae.scaling_door", "main", "train a grid over width and k, fit the scaling laws, plot them"),
     "codes": ("sae.codes_door", "main", "measure an SAE with other numbers of latents, and with the best activations"),
     "inspect": ("sae.__main__", "inspect_main", "say what an SAE of any format or an artefact folder holds"),
