@@ -3,20 +3,17 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from autointerp.records import INTERP_SPLITS
 from evals import leaderboard
-from evals.base import SAESubject, Subject
-from evals.baselines import baseline_subjects
 from evals.interp import Interpretation
-from evals.measure import Measurement, select
-from evals.probe_activations import ProbeActivations, ProbeConfig, build_probes
+from evals.measure import Elsewhere, select
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
-from evals.seeds import peers_of
 from evals.stages import Pipeline, free_disk_gb, lm_description
+from evals.worker import measure
+from evals.world import all_subjects, make_measurement
 from sae import console, plugins
 from sae.config import to_dict
 from sae.errors import ConfigError
@@ -28,7 +25,7 @@ SPARE_DISK_GB = 0.5
 
 def run_job(cfg: RunConfig) -> int:
     """Run everything that is not yet there; returns 0, or 1 if a task failed and the others went on."""
-    evaluations = select(cfg.evals)
+    evaluations = select(cfg.evals, cfg.preset)
     for architecture in cfg.architectures if not cfg.sae else ():
         if plugins.find("sae.architectures", architecture).transcodes:
             raise ConfigError(f"{architecture!r} reconstructs another activation: the evaluations are for autoencoders")
@@ -42,8 +39,9 @@ def run_job(cfg: RunConfig) -> int:
     needs = frozenset().union(*(e.needs for e in evaluations))
     interpretation = Interpretation(cfg, stages, log) if "scores" in needs else None
     _prepare(stages, interpretation, needs)
-    measurement = _measurement(cfg, stages, interpretation, log)
-    measurement.run_all(evaluations, _subjects(cfg, stages), asked=cfg.evals)
+    measurement = make_measurement(cfg, stages, interpretation, log)
+    measurement.run_all(
+        evaluations, all_subjects(cfg, stages), asked=cfg.evals, seeds=cfg.eval_seeds, elsewhere=_elsewhere(cfg))
     with log.stage("leaderboard and pages"):
         log.notes["rows"] = measurement.counts()
         log.write()
@@ -78,54 +76,13 @@ def _prepare(stages: Pipeline, interpretation: Interpretation | None, needs: fro
         _ = interpretation.effects
 
 
-def _subjects(cfg: RunConfig, stages: Pipeline) -> list[Subject]:
-    """SAEs, the random SAE, and the floors that share some evaluations with them."""
-    reference = stages.store(stages.reference_split)
-    first = stages.subjects[0]
-    l0 = first.info.k or max(1, round(_mean_l0(stages, first)))
-    floors = baseline_subjects(reference, first.info, cfg.seed, l0s=(l0,), n_features=first.info.d_sae)
-    return [*stages.subjects, *floors]
-
-
-def _mean_l0(stages: Pipeline, subject: SAESubject) -> float:
-    codes = subject.encode_sparse(stages.reference_sample[:2048])
-    return float((codes.values_NK > 0).sum(dim=1).float().mean())
-
-
-def _measurement(cfg: RunConfig, stages: Pipeline, interpretation: Interpretation | None, log: RunLog) -> Measurement:
-    made: dict[str, Any] = {}
-
-    def stores() -> dict[str, Any]:
-        splits = ("test", *INTERP_SPLITS)
-        return made.setdefault("stores", {split: stages.store(split) for split in splits})
-
-    def probes() -> ProbeActivations:
-        if "probes" not in made:
-            with log.stage("probe prompts") as stage:
-                made["probes"] = build_probes(
-                    cfg.root,
-                    stages.lm(),
-                    stages.hookpoint,
-                    ProbeConfig.of_preset(cfg.preset, own=cfg.task_csv),
-                    force=cfg.force,
-                )
-                stage.finish([made["probes"].folder])
-        return made["probes"]
-
-    return Measurement(
-        root=cfg.root,
-        preset=cfg.preset,
-        seed=cfg.seed,
-        hookpoint=stages.hookpoint,
-        log=log,
-        parts={"stores": stores, "probes": probes},
-        latents=lambda sae_id: stages.latents.get(sae_id),
-        scores=lambda sae_id: interpretation.scores.get(sae_id) if interpretation else None,
-        load_lm=stages.lm_float32,
-        device=cfg.device,
-        force=cfg.force,
-        peers=lambda subject: peers_of(subject, stages.subjects),
-    )
+def _elsewhere(cfg: RunConfig) -> Elsewhere | None:
+    """None: in this process."""
+    if cfg.engine == "local" and cfg.workers == 1:
+        return None
+    # every process opens the stages that the driver made: it makes none of them again
+    opened = replace(cfg, force=False)
+    return Elsewhere(cfg.engine, cfg.workers, measure, opened, gpus=float(cfg.device.startswith("cuda")))
 
 
 def _publish(cfg: RunConfig, interpretation: Interpretation | None) -> list[Path]:

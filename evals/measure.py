@@ -1,15 +1,16 @@
 """Subjects x evaluations: each pair writes its rows once, a failing pair is reported and the others go on."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evals.base import Eval, EvalContext, Subject
 from evals.results import DETAILS_FILE, row_dir, write_draws, write_rows
-from evals.run_log import RunLog
+from evals.run_log import RunLog, StageLog
 from sae import plugins
+from sae.engines import EngineName, Failure, run_jobs
 from sae.errors import ConfigError, Unsupported
 from sae.manifest import is_complete, key_of, writing
 
@@ -17,9 +18,39 @@ SUITE = "evals.suite"
 logger = logging.getLogger(__name__)
 
 
-def select(names: Sequence[str]) -> list[Eval]:
-    """The evaluations named, or all; an unknown name is an error that lists the near ones, before any work."""
-    return [plugins.find(SUITE, name) for name in (names or plugins.names(SUITE))]
+def select(names: Sequence[str], preset: str = "") -> list[Eval]:
+    """The evaluations named, or all; an unknown name is an error that lists the near ones, before any work.
+
+    Without names, an evaluation whose ``default_in`` leaves the preset out is left out; without a preset none is.
+    """
+    found = [plugins.find(SUITE, name) for name in (names or plugins.names(SUITE))]
+    return [e for e in found if names or not preset or preset in getattr(e, "default_in", (preset,))]
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """One subject, one evaluation, one seed: all that a process elsewhere needs, beside the artefacts."""
+
+    cfg: Any
+    """evals.run_config.RunConfig."""
+    sae_id: str
+    evaluation: str
+    seed: int
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where jobs are measured when not in this process."""
+
+    engine: EngineName
+    workers: int
+    measure: Callable[[MeasureJob], Path]
+    """Folder of the rows of a job; a function of a module."""
+    cfg: Any
+    """evals.run_config.RunConfig: what another process opens the artefacts by."""
+    gpus: float = 0.0
+    """Share of a device per job."""
 
 
 @dataclass
@@ -46,14 +77,14 @@ class Measurement:
     shared: dict[str, Any] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
 
-    def context(self, evaluation: Eval, subject: Subject) -> EvalContext:
+    def context(self, evaluation: Eval, subject: Subject, seed: int | None = None) -> EvalContext:
         needs, sae_id = evaluation.needs, subject.info.sae_id
         has_latents = "sparse" in subject.provides
         return EvalContext(
             root=self.root,
             subject=subject,
             preset=self.preset,
-            seed=self.seed,
+            seed=self.seed if seed is None else seed,
             hookpoint=self.hookpoint,
             stores=self.parts["stores"]() if needs & {"test", "interp"} else {},
             load_lm=self.load_lm if "lm" in needs else None,
@@ -65,10 +96,10 @@ class Measurement:
             shared=self.shared,
         )
 
-    def run(self, evaluation: Eval, subject: Subject) -> Path:
+    def run(self, evaluation: Eval, subject: Subject, seed: int | None = None) -> Path:
         """Rows of one pair: reused if complete, else computed. Returns their folder."""
-        ctx = self.context(evaluation, subject)
-        config = {"eval": evaluation.name, "preset": self.preset, "seed": self.seed, **evaluation.config(self.preset)}
+        ctx = self.context(evaluation, subject, seed)
+        config = {"eval": evaluation.name, "preset": self.preset, "seed": ctx.seed, **evaluation.config(self.preset)}
         inputs = {"sae": subject.info.sae_sha256, **evaluation.inputs(ctx)}
         key = key_of("rows", evaluation.version, config, inputs)
         folder = row_dir(self.root, subject.info.sae_id, evaluation.name, key)
@@ -99,33 +130,68 @@ class Measurement:
         return found, ""
 
     def run_all(
-        self, evaluations: Sequence[Eval], subjects: Sequence[Subject], asked: Collection[str] = ()
+        self, evaluations: Sequence[Eval], subjects: Sequence[Subject], asked: Collection[str] = (),
+        *, seeds: Sequence[int] = (), elsewhere: "Elsewhere | None" = None,
     ) -> None:
-        """Every pair that fits, evaluation by evaluation, so that what one loads serves all subjects.
+        """Every pair that fits, for every seed, evaluation by evaluation, so that what one loads serves all subjects.
 
         An evaluation without any is noted; if it is among those ``asked`` for by name, it is a failed task.
+        ``elsewhere``: the engine and processes that measure instead of this one.
         """
+        pairs: list[tuple[Eval, list[Subject]]] = []
         for evaluation in evaluations:
             fitting, why = self.fitting(evaluation, subjects)
-            if not fitting:
-                self.log.notes.setdefault("not_applicable", {})[evaluation.name] = why
-                if evaluation.name in asked:
-                    self.log.fail("all subjects", evaluation.name, Unsupported(why))
+            if fitting:
+                pairs.append((evaluation, fitting))
                 continue
+            self.log.notes.setdefault("not_applicable", {})[evaluation.name] = why
+            if evaluation.name in asked:
+                self.log.fail("all subjects", evaluation.name, Unsupported(why))
+        if elsewhere is not None:
+            self._elsewhere(pairs, seeds or (self.seed,), elsewhere)
+            return
+        for evaluation, fitting in pairs:
             with self.log.stage(f"eval: {evaluation.name}") as stage:
-                made = []
-                for subject in fitting:
-                    try:
-                        made.append(self.run(evaluation, subject))
-                    except ConfigError:
-                        raise
-                    except Exception as error:  # a failing pair must not take the others with it
-                        self.log.fail(subject.info.sae_id, evaluation.name, error)
-                stage.finish(made)
-                stage.note = f"{len(made)} of {len(fitting)} subjects"
-                if len(made) < len(fitting):
-                    stage.status = "failed"
-                self.folders.extend(made)
+                jobs = [(subject, seed) for subject in fitting for seed in seeds or (self.seed,)]
+                results = run_jobs(lambda job, e=evaluation: self.run(e, *job), jobs)  # type: ignore[misc]
+                self._collect(stage, ((s, evaluation.name, found) for (s, _), found in results), len(jobs))
+
+    def _elsewhere(
+        self, pairs: Sequence[tuple[Eval, list[Subject]]], seeds: Sequence[int], elsewhere: "Elsewhere"
+    ) -> None:
+        """All jobs at once on another engine; what they share is made here first, so that no two make it."""
+        for evaluation, fitting in pairs:
+            with self.log.stage(f"shared: {evaluation.name}"):
+                for seed in seeds:
+                    ctx = self.context(evaluation, fitting[0], seed)
+                    prepare = getattr(evaluation, "prepare", None)
+                    if prepare is not None:
+                        prepare(ctx)
+        by_id = {s.info.sae_id: s for _, fitting in pairs for s in fitting}
+        jobs = [
+            MeasureJob(elsewhere.cfg, s.info.sae_id, evaluation.name, seed, self.force)
+            for evaluation, fitting in pairs for s in fitting for seed in seeds
+        ]
+        with self.log.stage(f"evaluations ({elsewhere.engine}, {elsewhere.workers} workers)") as stage:
+            results = run_jobs(
+                elsewhere.measure, jobs, engine=elsewhere.engine, workers=elsewhere.workers, gpus=elsewhere.gpus)
+            self._collect(stage, ((by_id[j.sae_id], j.evaluation, found) for j, found in results), len(jobs))
+
+    def _collect(self, stage: StageLog, results: Iterable[tuple[Subject, str, "Path | Failure"]], n_jobs: int) -> None:
+        """Folders of what was measured; a failing job is told and does not take the others with it."""
+        made: list[Path] = []
+        for subject, name, found in results:
+            if isinstance(found, Failure):
+                if found.error == "ConfigError":
+                    raise ConfigError(found.detail)
+                self.log.fail_job(subject.info.sae_id, name, found)
+            else:
+                made.append(found)
+        stage.finish(made)
+        stage.note = f"{len(made)} of {n_jobs} subjects"
+        if len(made) < n_jobs:
+            stage.status = "failed"
+        self.folders.extend(sorted(made))
 
     def counts(self) -> dict[str, int]:
         """Rows by status over all folders of this run."""

@@ -80,15 +80,15 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
         lines.append(
             PlanLine(f"activations: {split}", n * each, f"{n:,} tokens to {hookpoint}", n * d_in * width / 1e9)
         )
-    n_saes = len(cfg.sae) or len(cfg.architectures)
+    n_saes = len(cfg.sae) or len(cfg.train_configs())
     if not cfg.sae:
         lines.append(_train_line(cfg, d_in, speed32))
     lines.extend(_interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s, lm.tokenizer))
-    if cfg.effect_windows and any("scores" in e.needs for e in select(cfg.evals)):
+    if cfg.effect_windows and any("scores" in e.needs for e in select(cfg.evals, cfg.preset)):
         n = n_saes * cfg.interp.latents * cfg.effect_windows
         passed = n * (cfg.tokens.context_tokens // 2 + 2 * T_POSITIONS)
         lines.append(PlanLine("effects", passed * upper_s, f"{n} windows, {passed:,} tokens above the hookpoint"))
-    for evaluation in select(cfg.evals):
+    for evaluation in select(cfg.evals, cfg.preset):
         lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
     lines.append(PlanLine("leaderboard and pages", 5, ""))
     return lines
@@ -96,9 +96,11 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
 
 def _train_line(cfg: RunConfig, d_in: int, speed: float) -> PlanLine:
     t = cfg.train
-    flops = sum(PRODUCTS.get(a, 1.6) * 2 * d_in * t.d_sae * t.train_tokens for a in cfg.architectures)
-    detail = f"{', '.join(cfg.architectures)}; {t.d_sae:,} latents; {t.train_tokens:,} tokens each"
-    disk = len(cfg.architectures) * 2 * d_in * t.d_sae * 4 / 1e9
+    trained = [c.architecture for c in cfg.train_configs()]
+    flops = sum(PRODUCTS.get(a, 1.6) * 2 * d_in * t.d_sae * t.train_tokens for a in trained)
+    seeds = f" x {len(cfg.train_seeds)} seeds" if cfg.train_seeds else ""
+    detail = f"{', '.join(cfg.architectures)}{seeds}; {t.d_sae:,} latents; {t.train_tokens:,} tokens each"
+    disk = len(trained) * 2 * d_in * t.d_sae * 4 / 1e9
     return PlanLine("train SAEs", flops / (speed * TRAIN_EFFICIENCY), detail, disk)
 
 
@@ -154,7 +156,7 @@ def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
     """Peak resident memory: interpreter and libraries, LM, SAEs with gradients and Adam, one encoded block."""
     n_parameters = sum(p.numel() for p in lm.model.parameters())
     lm_bytes = n_parameters * (4 if lm.dtype == torch.float32 else 4 + lm.dtype.itemsize)  # losses want float32 too
-    saes = (len(cfg.sae) or len(cfg.architectures)) * 2 * d_in * cfg.train.d_sae * 4 * 4
+    saes = (len(cfg.sae) or len(cfg.train_configs())) * 2 * d_in * cfg.train.d_sae * 4 * 4
     block = 3 * cfg.train.batch_tokens * cfg.train.d_sae * 4
     logits = 2 * 1024 * lm.vocab_size * 4
     mapped = 2 * d_in * sum(cfg.tokens.split_tokens(s) for s in SPLITS)  # pages of the stores that were read

@@ -43,6 +43,15 @@ class RunConfig:
     """Seed of sampling and training."""
     task_csv: tuple[str, ...] = ()
     """Own probe tasks beside the preset's: NAME=FILE[:prompt_column:label_column:positive_label]."""
+    train_seeds: tuple[int, ...] = ()
+    """Seeds of training: every architecture is trained once from each; default: --seed alone."""
+    eval_seeds: tuple[int, ...] = ()
+    """Seeds of the evaluations: each repeats every one of them on another sample; default: --seed alone."""
+    engine: Literal["local", "ray"] = "local"
+    """Who measures: local processes or Ray (pip install 'saescope[ray]'); jobs are SAE x evaluation x seed, and both
+    give the same rows."""
+    workers: int = 1
+    """Jobs at a time. 1 with engine local: in this process, where one pass of the model serves all SAEs."""
     device: str = "cpu"
     """torch device of the language model and the SAEs."""
     effect_windows: int = 3
@@ -63,16 +72,21 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.architectures) or bool(self.sae), "nothing to evaluate: give --architectures or --sae")
         require(len(set(self.architectures)) == len(self.architectures), "an architecture is named twice")
+        for name in ("train_seeds", "eval_seeds"):
+            seeds = getattr(self, name)
+            require(len(set(seeds)) == len(seeds), f"--{name.replace('_', '-')} names a seed twice")
+        require(self.workers >= 1, f"--workers must be at least 1, got {self.workers}")
         require(self.effect_windows >= 0, f"--effect-windows must be 0 or more, got {self.effect_windows}")
 
     def train_configs(self) -> "list[TrainConfig]":
-        """One per architecture; they share everything but the architecture itself and what is for others alone."""
+        """One per architecture and training seed; they share all else but what is for other architectures alone."""
         plain, found = TrainConfig(), []
         for name in self.architectures:
             foreign = {field: getattr(plain, field) for field, users in OPTIONS_OF.items() if name not in users}
             if name in WITHOUT_K:
                 foreign["k"] = None
-            found.append(replace(self.train, architecture=name, seed=self.seed, **foreign))
+            for seed in self.train_seeds or (self.seed,):
+                found.append(replace(self.train, architecture=name, seed=seed, **foreign))
         return found
 
     def tokens_config(self) -> TokensConfig:
@@ -81,7 +95,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What the results depend on: everything but places, verbosity and what to do today."""
         values = to_dict(self)
-        for name in ("root", "force", "list_", "dry_run", "verbose", "evals"):
+        for name in ("root", "force", "list_", "dry_run", "verbose", "evals", "engine", "workers"):
             values.pop(name)
         return values
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae.engines import Failure
 from sae.manifest import MANIFEST, plain, provenance, read_manifest
 
 RUN_FILE = "run.json"
@@ -72,6 +73,8 @@ class RunLog:
     notes: dict[str, Any] = field(default_factory=dict)
     """Counts worth knowing: dropped tokens, ledger, judge checks, ..."""
     started: float = field(default_factory=time.monotonic)
+    writes: bool = True
+    """False for a process that measures a part of the run: ``run.json`` has one writer."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageLog]:
@@ -101,8 +104,18 @@ class RunLog:
         logger.debug("traceback", exc_info=error)
         self.write()
 
+    def fail_job(self, subject: str, task: str, failure: Failure) -> None:
+        """Record a job that an engine reports as failed."""
+        told = f"{failure.error}: {failure.detail}" + (" (worker lost)" if failure.code == "worker_lost" else "")
+        self.failures.append(TaskFailure(subject, task, told))
+        logger.error("%s, %s failed: %s", subject, task, told)
+        logger.debug("%s", failure.traceback)
+        self.write()
+
     def write(self) -> None:
         """Replace run.json in one step."""
+        if not self.writes:
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         content = {
             "preset": self.preset,
