@@ -20,6 +20,8 @@ from sae.manifest import rng
 
 WAKE_S = 0.2
 """Longest time for which the trainer waits for its producer without looking at signals."""
+INDEX_BYTES = 24
+"""Bytes per slot beside its activations and its token index: two lists of slots and the order of a window."""
 
 
 class Block(NamedTuple):

@@ -131,7 +131,8 @@ class LanguageModel:
         """Activations [B, L, D] at each hookpoint, in the compute dtype; the pass ends at the last one.
 
         What a hookpoint gives does not depend on which others are asked for: where the lean pass serves the residual
-        ones, the others take a pass of their own. The unembedding never runs. Raises :class:`ConfigError` for an unknown hookpoint or one that gives no [B, L, D].
+        ones, the others take a pass of their own. The unembedding never runs. Raises :class:`ConfigError` for an
+        unknown hookpoint or one that gives no [B, L, D].
         """
         depths = {h: d for h in hookpoints if (d := self.block_of(h))}
         fast = self._fast(max(depths.values())) if depths else None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import resume, train_run
+from sae import resume, train, train_run
 from sae.activations import BATCH_ROWS
 from sae.calibrate import MAX_TOKENS
 from sae.config import SAEConfig, SubjectMeta, TrainConfig
@@ -26,7 +26,7 @@ from sae.errors import ConfigError, DataError
 from sae.language_model import LanguageModel
 from sae.metric_log import MetricLog
 from sae.plugins import find
-from sae.train import START_SAMPLE_TOKENS, sae_id_of, train_key
+from sae.train import START_SAMPLE_TOKENS, Job, sae_id_of, train_key
 from sae.train_run import Store, input_norm
 
 WARM_BATCHES = 5
@@ -122,24 +122,39 @@ def check_targets(hookpoints: Sequence[str], cfgs: Sequence[TrainConfig]) -> Non
 
 
 def check_fits(
-    cfgs: Sequence[TrainConfig], widths: Widths, root: Path, new_disk: int, device: torch.device
-) -> None:
-    """:class:`TooLarge` before anything is allocated, with the sizes and what to lower."""
-    wanted = sum(state_bytes(cfg, widths) for cfg in cfgs) + 8 * START_SAMPLE_TOKENS * sum(widths)
+    sources: Sequence[tuple[Sequence[TrainConfig], Widths]], root: Path, new_disk: int, device: torch.device,
+    held: int = 0,
+) -> None:  # fmt: skip
+    """:class:`TooLarge` before anything is allocated, with the sizes and what to lower. ``sources``: SAEs that are
+    trained at once, with their widths; ``held``: bytes that a stream takes beside them."""
+    wanted = held + 8 * START_SAMPLE_TOKENS * max(sum(widths) for _, widths in sources)
+    wanted += sum(state_bytes(cfg, widths) for cfgs, widths in sources for cfg in cfgs)
     where, free = "memory", free_memory_bytes()
     if device.type == "cuda":
         where, free = "memory of the GPU", torch.cuda.mem_get_info(device)[0]
     if wanted > MOST_OF_FREE * free:
+        stream = f" and {held / 1e9:.2f} GB for the buffer of the stream (--stream.buffer-tokens)" if held else ""
         raise TooLarge(
-            f"{len(cfgs)} SAE(s) need at least {wanted / 1e9:.2f} GB for weights, gradients, Adam and the start sample,"
-            f" {free / 1e9:.2f} GB of {where} are free: lower train.d-sae, or train fewer at once"
+            f"{sum(len(cfgs) for cfgs, _ in sources)} SAE(s) need at least {wanted / 1e9:.2f} GB for weights, "
+            f"gradients, Adam and the start sample{stream}, {free / 1e9:.2f} GB of {where} are free: lower "
+            "train.d-sae, or train fewer at once"
         )
     place = next(path for path in (root, *root.absolute().parents) if path.exists())
     disk = shutil.disk_usage(place).free
     if new_disk > MOST_OF_FREE * disk:
         raise TooLarge(
-            f"the run writes {new_disk / 1e9:.2f} GB, {disk / 1e9:.2f} GB are free at {place}: choose another --root "
-            "or lower tokens.train-tokens"
+            f"the run writes {new_disk / 1e9:.2f} GB, {disk / 1e9:.2f} GB are free at {place}: choose another --root, "
+            "lower tokens.train-tokens, or store nothing: --stream.source live"
+        )
+
+
+def check_cap(new_disk: int, disk_gb: float | None, tokens: int) -> None:
+    """:class:`TooLarge` where the activations of ``tokens`` take more disk than the run is allowed."""
+    if disk_gb is not None and new_disk > disk_gb * 1e9:
+        raise TooLarge(
+            f"the activations of {tokens:,} tokens take {new_disk / 1e9:.3f} GB of disk, --stream.disk-gb allows "
+            f"{disk_gb:g}: allow more, lower --tokens.train-tokens to {int(tokens * disk_gb * 1e9 / new_disk):,} "
+            "(several passes make up for it: --train.train-tokens), or store nothing: --stream.source live"
         )
 
 
@@ -183,13 +198,14 @@ class LmTime(NamedTuple):
     """Speed of collecting, and what it gave."""
 
     seconds_per_token: float
-    x_ND: Tensor
-    """Activations of the batches that were timed, for :class:`Sample`."""
+    """Of all hookpoints together."""
+    x_ND: tuple[Tensor, ...]
+    """Activations of the batches that were timed, per hookpoint, for :class:`Sample`."""
     peak_bytes: int
 
 
 @torch.no_grad()
-def time_lm(lm: LanguageModel, hookpoint: str, rows_BL: np.ndarray) -> LmTime:
+def time_lm(lm: LanguageModel, hookpoints: Sequence[str], rows_BL: np.ndarray) -> LmTime:
     """Median over some batches of the rows of a token set, after one that warms up."""
     reset_peak()
     seconds, kept = [], []
@@ -197,11 +213,11 @@ def time_lm(lm: LanguageModel, hookpoint: str, rows_BL: np.ndarray) -> LmTime:
         start = (i * BATCH_ROWS) % max(1, len(rows_BL) - BATCH_ROWS + 1)
         ids = torch.from_numpy(rows_BL[start : start + BATCH_ROWS].astype(np.int64)).to(lm.device)
         begun = time.perf_counter()
-        x_ND = lm.capture(ids, [hookpoint])[hookpoint].float()
-        x_ND = x_ND[:, 1:].reshape(-1, x_ND.shape[-1]).cpu()  # position 0 never passes the filter
+        captured = lm.capture(ids, hookpoints)
+        found = [captured[h].float()[:, 1:].flatten(0, 1).cpu() for h in hookpoints]  # position 0 never passes
         seconds.append((time.perf_counter() - begun) / ids.numel())
-        kept.append(x_ND)
-    return LmTime(statistics.median(seconds[1:]), torch.cat(kept), peak_bytes())
+        kept.append(found)
+    return LmTime(statistics.median(seconds[1:]), tuple(map(torch.cat, zip(*kept, strict=True))), peak_bytes())
 
 
 class Trial(NamedTuple):
@@ -222,43 +238,49 @@ class Trial(NamedTuple):
 
 
 def try_training(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta, device: torch.device) -> Trial:
+    """:func:`try_jobs` for one hookpoint."""
+    return try_jobs([Job(store, cfgs, meta)], device)
+
+
+def try_jobs(jobs: Sequence[Job], device: torch.device) -> Trial:
     """Start, step and finish SAEs of the real shapes on real activations, in a temporary folder."""
     n_steps = WARM_STEPS + 1
-    short = [replace(cfg, train_tokens=n_steps * cfg.batch_tokens) for cfg in cfgs]
     reset_peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         begun = time.perf_counter()
-        picked = start_tokens(store)
-        sample_ND = store.read(picked).to(device)
-        runs = []
-        for cfg in short:
-            key = train_key(cfg, store.key)
-            path = Path(folder) / sae_id_of(cfg, meta, key)
-            log = stack.enter_context(MetricLog(train_run.run_folder(path) / "train.jsonl"))
-            target_NO = _targets(cfg, store, picked, device)
-            runs.append(train_run.start(cfg, meta, key, path, store, sample_ND, log, target_NO))
-        del sample_ND
+        runs = [run for job in jobs for run in _started(job, n_steps, Path(folder), device, stack)]
         start_s = _since(begun, device)
         seconds = []
-        batches = store.batches(short[0].batch_tokens, seed=0, epochs=n_steps)
-        for _ in range(n_steps):
+        size = runs[0].cfg.batch_tokens
+        streams = [(job.store, job.store.batches(size, seed=0, epochs=n_steps)) for job in jobs]
+        for index in range(n_steps):
             begun = time.perf_counter()
-            x_ND, flat = next(batches)
-            x_ND = x_ND.to(device)
-            norms = {run.sae.cfg.input_norm: run.sae.normalise(x_ND) for run in runs}
-            for run in runs:
-                target_NO = _targets(run.cfg, store, flat, device)
-                if target_NO is not None:
-                    run.state.target_ND = run.sae.normalise_target(target_NO)
-                wanted_NO = x_ND if target_NO is None else target_NO
-                train_run.step(run, wanted_NO, *norms[run.sae.cfg.input_norm])
+            for store, batches in streams:
+                x_ND, flat = next(batches)
+                train._feed([run for run in runs if run.store is store], x_ND, flat, index, device, {})
             seconds.append(_since(begun, device))
-        finish_s = sum(_finish_seconds(run, store) for run in runs)
+        finish_s = sum(_finish_seconds(run, run.store) for run in runs)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return Trial(start_s, statistics.median(seconds[1:]), finish_s, peak_bytes(), size, gpu)
+
+
+def _started(job: Job, n_steps: int, folder: Path, device: torch.device, stack: ExitStack) -> list[train_run.Run]:
+    """Runs that have one step more to go than will be tried, so that none ends by itself."""
+    store, cfgs, meta = job
+    picked = start_tokens(store)
+    sample_ND = store.read(picked).to(device)
+    runs = []
+    for cfg in cfgs:
+        short = replace(cfg, train_tokens=(n_steps + 1) * cfg.batch_tokens)
+        key = train_key(short, store.key)
+        path = folder / sae_id_of(short, meta, key)
+        log = stack.enter_context(MetricLog(train_run.run_folder(path) / "train.jsonl"))
+        target_NO = _targets(cfg, store, picked, device)
+        runs.append(train_run.start(short, meta, key, path, store, sample_ND, log, target_NO))
+    return runs
 
 
 def _targets(cfg: TrainConfig, store: Any, flat: Any, device: torch.device) -> Tensor | None:

@@ -250,6 +250,8 @@ def train_and_measure(cfg: ScalingDoor) -> Path | None:
         raise ConfigError("scaling measures on held-out text: give --model and --texts instead of --activations")
     if cfg.hookpoint_out is not None:
         raise ConfigError("scaling is for autoencoders: leave --hookpoint-out out")
+    if len(cfg.hookpoints) > 1:
+        raise ConfigError(f"scaling laws are of one hookpoint, got {', '.join(cfg.hookpoints)}")
     if not find("sae.architectures", cfg.train.architecture).uses_k:
         raise ConfigError(f"architecture {cfg.train.architecture!r} takes no k: scaling needs one that does, e.g. topk")
     cells = cfg.cells()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae import buffer
 from sae.activations import BATCH_ROWS, BY_NORM, KEPT, REASONS, filter_codes
-from sae.buffer import Batch, Block, Feed, Slots, Tick
+from sae.buffer import INDEX_BYTES, Batch, Block, Feed, Slots, Tick
 from sae.config import FilterConfig, StreamConfig, to_dict
 from sae.console import progress
 from sae.errors import ConfigError, DataError
@@ -130,10 +130,12 @@ class LiveStream:
         return min(self.cfg.buffer_tokens, self.n_kept) // batch_tokens * batch_tokens
 
     def memory_bytes(self, batch_tokens: int) -> int:
-        """Buffer, the block that waits to enter it, and the sample; the batch and the model's own are not in it."""
+        """Buffer with its lists of indices, the blocks that wait to enter it, and the sample; neither batches nor what
+        the model itself takes."""
         chunk = self.batch_rows * self.tokens.L
-        held = self.window(batch_tokens) + 2 * chunk + min(SAMPLE_TOKENS + chunk, self.n_kept)
-        return held * sum(self.widths) * self.dtype.itemsize
+        window, sample = self.window(batch_tokens), min(SAMPLE_TOKENS + chunk, self.n_kept)
+        values = (window + 2 * chunk + sample) * sum(self.widths) * self.dtype.itemsize
+        return values + window * INDEX_BYTES + (window + sample) * 8 * len(self.hookpoints)
 
     # -- computing ----------------------------------------------------------------------------------------------
     def chunk(self, number: int) -> tuple[list[Tensor], list[np.ndarray], np.ndarray]:

