@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sae_kernels.topk_encode import PreparedEncoder
 
 Impl = Literal["auto", "torch", "triton"]
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Pre-activations are made in row blocks of about this size and never stored for all tokens."""
 
 
@@ -235,15 +235,10 @@ def _blocks(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, dtype: torch.dtype 
     buffer_nF = u_ND.new_empty(rows, len(W_enc_FD))
     if dtype is not None:
         u_ND, W_enc_FD, b_enc_F = u_ND.to(dtype), W_enc_FD.to(dtype), b_enc_F.to(dtype)
-        narrow_nF = u_ND.new_empty(rows, len(W_enc_FD))
     for start in range(0, len(u_ND), max(rows, 1)):
         u_nD = u_ND[start : start + rows]
         h_nF = buffer_nF[: len(u_nD)]
-        if dtype is not None:
-            h_nF.copy_(torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=narrow_nF[: len(u_nD)]))
-        else:
-            with ops_cpu.quick_product(u_nD, W_enc_FD):
-                torch.addmm(b_enc_F, u_nD, W_enc_FD.t(), out=h_nF)
+        ops_cpu.product(u_nD, W_enc_FD, b_enc_F, h_nF)
         yield h_nF, slice(start, start + len(u_nD))
 
 

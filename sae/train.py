@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae import console, manifest, resume, streams, train_run
-from sae.base import SAE, NormStats
+from sae.base import SAE
 from sae.config import InputNorm, SubjectMeta, TrainConfig
 from sae.errors import ConfigError, DataError, SaescopeError
 from sae.metric_log import MetricLog
@@ -272,19 +272,19 @@ def _feed(
     if device.type == "cuda" and x_ND.device.type == "cpu":  # pinned, so that the copy goes on during the last step
         x_ND = x_ND.pin_memory()
     x_ND = x_ND.to(device, non_blocking=True)
-    normalised: dict[InputNorm, tuple[Tensor, NormStats]] = {}
+    alike: dict[InputNorm, list[Run]] = {}
     for run in runs:
-        if not run.active or run.step != index:
-            continue
-        norm = run.sae.cfg.input_norm
-        if norm not in normalised:
-            normalised[norm] = run.sae.normalise(x_ND)
-        wanted_NO = x_ND
-        if run.sae.transcodes:
+        if run.active and run.step == index:
+            alike.setdefault(run.sae.cfg.input_norm, []).append(run)
+    for together in alike.values():
+        normalised = together[0].sae.normalise(x_ND)
+        for run in [run for run in together if run.sae.transcodes]:
             wanted_NO = _targets(run.store, flat, device)
             run.state.target_ND = run.sae.normalise_target(wanted_NO)
-        train_run.step(run, wanted_NO, *normalised[norm])
-        run.state.target_ND = None  # no part of what a saved step must hold
+            train_run.step(run, wanted_NO, *normalised)
+            run.state.target_ND = None  # no part of what a saved step must hold
+        train_run.step_many([run for run in together if not run.sae.transcodes], x_ND, *normalised)
+    for run in (run for together in alike.values() for run in together):
         if run.failure:
             _check_finite(run.store, x_ND, flat, index + 1)
             failures[run.folder.name] = run.failure

@@ -7,7 +7,7 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import checkpoint, losses, manifest, metrics, ops_fused, optim
+from sae import checkpoint, losses, manifest, metrics, ops_fused, optim, stacked_step
 from sae.base import SAE, NormStats, StepLoss, TrainState
 from sae.config import InputNorm, SAEConfig, SubjectMeta, TrainConfig, to_dict
 from sae.errors import DataError
@@ -77,6 +77,8 @@ class Run:
     """What it is trained on."""
     average: optim.Average | None = None
     """Running mean of the weights; None where ``ema_decay`` is 0."""
+    stack: stacked_step.Stack | None = None
+    """What computes its loss, and that of those trained beside it, where it is the first of several."""
     late: Lagged | None = None
     """Loss and number of dead latents of each step on their way from a GPU; None where the host has them at once."""
     step: int = 0
@@ -170,17 +172,45 @@ def _late(device: torch.device) -> Lagged | None:
 
 def step(run: Run, x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
     """One optimiser step in the order of TRAINING 6."""
+    step_many([run], x_ND, n_ND, stats)
+
+
+def step_many(runs: Sequence[Run], x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
+    """One step of several runs that are active and share a batch and its normalisation.
+
+    TopK SAEs of one shape are computed together (:mod:`sae.stacked_step`): the same bits as one by one."""
+    for group in stacked_step.groups([(run.sae, run.state) for run in runs], len(n_ND)):
+        _step_group([runs[i] for i in group], x_ND, n_ND, stats)
+
+
+def _step_group(runs: Sequence[Run], x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
+    started = time.monotonic()
+    for run in runs:
+        every = max(1, min(LOG_EVERY_STEPS, run.n_steps // ROWS_PER_RUN))
+        run.state.logged = run.step % every == 0 or run.step == run.n_steps - 1
+        run.state.sparsity_ramp = optim.ramp(run.step, run.n_steps, L1_RAMP_SHARE)
+    first, saes = runs[0], [run.sae for run in runs]
+    if stacked_step.suits(first.sae, first.state):
+        if first.stack is None or not first.stack.holds(saes):
+            first.stack = stacked_step.Stack(saes, [run.state for run in runs])
+        found = first.stack.step_losses(n_ND)
+    else:
+        found = [run.sae.training_loss(n_ND, run.state) for run in runs]
+    seconds = (time.monotonic() - started) / len(runs)
+    for run, loss in zip(runs, found, strict=True):
+        _optimise(run, loss, x_ND, stats, seconds)
+
+
+def _optimise(run: Run, found: StepLoss, x_ND: Tensor, stats: NormStats, seconds: float) -> None:
+    """What follows the loss of one run, whose computing took ``seconds``."""
     started = time.monotonic()
     sae, cfg, state = run.sae, run.cfg, run.state
     rate = optim.full_rate(cfg) * optim.lr_factor(run.step, run.n_steps, cfg.lr_warmup_steps, cfg.lr_decay_share)
-    state.sparsity_ramp = optim.ramp(run.step, run.n_steps, L1_RAMP_SHARE)
-    every = max(1, min(LOG_EVERY_STEPS, run.n_steps // ROWS_PER_RUN))
-    state.logged = run.step % every == 0 or run.step == run.n_steps - 1
-    found = sae.training_loss(n_ND, state)
     if run.late is None and not bool(torch.isfinite(found.total)):
         _fail(run, run.step + 1, float(found.total.detach()))
         return
-    found.total.backward()
+    if found.total.requires_grad:
+        found.total.backward()
     in_passes = isinstance(run.optimiser, RowAdam)  # which projects the gradient and makes rows unit itself
     unit = sae.cfg.decoder_unit_norm
     if unit and (state.logged or cfg.grad_clip is not None or not in_passes):
@@ -206,7 +236,7 @@ def step(run: Run, x_ND: Tensor, n_ND: Tensor, stats: NormStats) -> None:
             if not math.isfinite(loss):
                 _fail(run, step, loss)
                 return
-    run.seconds += time.monotonic() - started
+    run.seconds += seconds + time.monotonic() - started
     if state.logged:
         _log(run, found, x_ND, stats, rate, gradient_norm)
 
