@@ -183,11 +183,6 @@ def restore(run: Run, folder: Path, mesh: Mesh) -> None:
     """Put this rank's share of a run that was just started into the state of a step, made on whatever mesh."""
     tensors = read_step(folder, mesh)
     plain = json.loads((folder / resume.STATE).read_text(encoding="utf-8"))
-    for ours, its in (("W_enc_FD", "enc"), ("W_dec_FD", "dec")):  # as one process with a GPU names them
-        if f"adam.{its}.exp_avg" in tensors:
-            for part in ("exp_avg", "exp_avg_sq"):
-                tensors[f"adam.{ours}.{part}"] = tensors.pop(f"adam.{its}.{part}")
-            tensors[f"adam.{ours}.step"] = torch.tensor(float(plain["row_adam_steps"]))
     tensors.pop("late", None)
     resume.put(run, tensors, plain)
     run.log.restore((folder / resume.LOG).read_text(encoding="utf-8"))

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 STEP_VERSION = 1
 TENSORS, STATE, LOG = "tensors.safetensors", "state.json", "train.jsonl"
+ROWS, PARTS = (("enc", "W_enc_FD"), ("dec", "W_dec_FD")), ("exp_avg", "exp_avg_sq")
+"""How :class:`sae.row_adam.RowAdam` names the matrices whose moments it keeps, and their parameters."""
 KEEP_STEPS = 2
 """Steps kept on disk; a third is there while it is being written."""
 EVERY_S = 300.0
@@ -310,6 +312,14 @@ def put(run: "Run", tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
 
 def _restore_optimiser(run: "Run", tensors: dict[str, Tensor], plain: dict[str, Any], device: torch.device) -> None:
     adam = run.optimiser
+    if isinstance(adam, RowAdam) and "adam.enc.exp_avg" not in tensors:  # saved on a CPU or by a mesh
+        plain = plain | {"row_adam_steps": int(tensors["adam.W_enc_FD.step"])}
+        moments = {f"adam.{row}.{part}": tensors[f"adam.{name}.{part}"] for row, name in ROWS for part in PARTS}
+        tensors = tensors | moments
+    elif not isinstance(adam, RowAdam) and "adam.enc.exp_avg" in tensors:  # saved on a GPU
+        steps = {f"adam.{name}.step": torch.tensor(float(plain["row_adam_steps"])) for _, name in ROWS}
+        moments = {f"adam.{name}.{part}": tensors[f"adam.{row}.{part}"] for row, name in ROWS for part in PARTS}
+        tensors = tensors | steps | moments
     if isinstance(adam, RowAdam):
         adam.n_steps = plain["row_adam_steps"]
         for name, pair in adam.moments.items():

@@ -19,11 +19,12 @@ import pytest
 import torch
 from planted_store import META, PlantedStore, planted_store
 
-from sae import checkpoint, manifest, resume
+from sae import checkpoint, manifest, optim, resume, train_run
 from sae.config import TrainConfig
 from sae.errors import ArtefactError, DataError, StaleArtefact
 from sae.lagged import Lagged
 from sae.metric_log import read_log
+from sae.row_adam import RowAdam
 from sae.train import TrainingDiverged, sae_id_of, train_key, train_many
 from sae.train_run import Run, run_folder, start
 
@@ -307,6 +308,25 @@ def test_random_generators_go_on_where_they_stopped(tmp_path: Path) -> None:
     drawn = [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()]
     resume.restore_random(folder)
     assert [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()] == drawn
+
+
+def test_moments_go_over_to_the_other_adam_and_back(tmp_path: Path) -> None:
+    """A step saved on a CPU goes on on a GPU, whose optimiser names the moments of the matrices otherwise."""
+    run = a_run(tmp_path)
+    train_run.step(run, run_x := planted_store(n=64).x_ND, *run.sae.normalise(run_x))
+    moments = {name: tensor.clone() for name, tensor in resume._moments(run).items()}
+    folder = resume.save(run, "store")
+    sae = run.sae
+    run.optimiser = RowAdam(sae.W_enc_FD, sae.b_enc_F, sae.W_dec_FD, sae.b_dec_D, None, run.cfg)  # type: ignore[arg-type]
+    resume.restore(run, folder)
+    assert run.optimiser.n_steps == 1
+    assert torch.equal(run.optimiser.moments["enc"][1], moments["adam.W_enc_FD.exp_avg_sq"])
+    run.step = 2
+    folder = resume.save(run, "store")
+    run.optimiser = optim.adam(run.sae.parameter_groups(), run.cfg)
+    resume.restore(run, folder)
+    again = resume._moments(run)
+    assert again.keys() == moments.keys() and all(torch.equal(again[name], moments[name]) for name in moments)
 
 
 def test_another_machine_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
