@@ -14,7 +14,8 @@ RUN_VERSION = 1
 WITHOUT_K = ("relu", "gated")
 """Architectures whose L0 is what a penalty leaves."""
 OPTIONS_OF = {
-    "multi_topk": ("topk",), "l1_decoder_norm": ("relu",), "gate_l1": ("gated",), "l0_weight": ("jumprelu",),
+    "multi_topk": ("topk",), "l1_decoder_norm": ("relu",), "data_start": ("relu",), "gate_l1": ("gated",),
+    "l0_weight": ("jumprelu",),
 }  # fmt: skip
 """Options of TrainConfig that are for some architectures alone."""
 

@@ -162,6 +162,8 @@ class TrainConfig:
     """Sparsity coefficient of the gates (gated)."""
     l1_decoder_norm: bool = False
     """relu: decoder rows are free and their lengths weight the penalty; they are made unit when the SAE is saved."""
+    data_start: bool = False
+    """relu: latents start at tokens of the training text instead of at random (decision 014)."""
     l0_weight: float = 1.0
     """Weight of (L0 / k - 1)^2 (jumprelu)."""
     lr: float = 1e-3
