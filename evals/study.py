@@ -1,0 +1,103 @@
+"""The study: architectures x sparsities x training seeds on one model, every metric; its runs and where they go.
+
+Each sparsity is a run of the main job of its own below one root, with its own random SAE of equal L0; what both need
+(tokens, activations, prompts) is made once. Everything is resumed by the artefacts. Torch-free.
+"""
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from evals.run_config import PRESET_FUNCTIONS, RunConfig
+from sae.config import require
+
+ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "matryoshka", "gated", "relu")
+"""The first is what the others are compared with."""
+KEPT = ("rows", "site", "dataset", "leaderboard.csv", "leaderboard.md", "leaderboard.parquet", "run.json", "study.md",
+        "study.json")  # fmt: skip
+"""What is kept in git of a finished study; SAEs, activations and latents are not."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Sparsity:
+    """One level of sparsity: k where it can be said, penalties that leave about as many latents where it cannot."""
+
+    k: int
+    l1: float
+    """relu; chosen from docs/log.md, the L0 that comes out is measured."""
+    gate_l1: float
+    """gated."""
+
+
+SPARSITIES = (Sparsity(k=32, l1=0.15, gate_l1=0.39), Sparsity(k=64, l1=0.075, gate_l1=0.27))
+
+
+@dataclass(kw_only=True, frozen=True)
+class StudyConfig:
+    """Train, measure and describe; a repeated command does only what is missing."""
+
+    root: Path = Path("results/study")
+    """Where artefacts, rows and pages go."""
+    preset: str = "quick"
+    """Sizes of the evaluations: tiny, quick or paper."""
+    model: str = "default"
+    texts: str = "default"
+    architectures: tuple[str, ...] = ARCHITECTURES
+    """The first is the reference."""
+    sparsities: tuple[Sparsity, ...] = SPARSITIES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds; at least two, or no difference can be called real."""
+    evals: tuple[str, ...] = ()
+    """Default: every evaluation that a run can have, absorption included."""
+    publish: Path | None = None
+    """Copy rows, tables, pages and the text here at the end."""
+    report_only: bool = False
+    """Only write the text anew from the rows that are there."""
+    dry_run: bool = False
+    """Say what would run, with estimated minutes, memory and disk."""
+    engine: str = "local"
+    workers: int = 1
+    base: RunConfig | None = field(default=None)
+    """Configuration to start from instead of the preset's (for tests)."""
+
+    def __post_init__(self) -> None:
+        require(len(self.seeds) >= 2, "--seeds needs two training seeds at least, or no difference can be called real")
+        require(len(self.architectures) >= 2, "--architectures needs a reference and another")
+        require(bool(self.sparsities), "--sparsities is empty")
+
+    def runs(self) -> list[RunConfig]:
+        """One per sparsity."""
+        base = self.base or PRESET_FUNCTIONS[self.preset]()
+        evals = self.evals or tuple(every_evaluation())
+        return [
+            replace(
+                base, root=self.root, model=self.model, texts=self.texts, architectures=self.architectures,
+                train_seeds=self.seeds, evals=evals, engine=self.engine, workers=self.workers,  # type: ignore[arg-type]
+                train=replace(base.train, k=s.k, l1=s.l1, gate_l1=s.gate_l1),
+            )  # fmt: skip
+            for s in self.sparsities
+        ]
+
+
+def every_evaluation() -> list[str]:
+    """All but those that need what this study has not: a known dictionary, transcoders."""
+    from evals.measure import select
+
+    return [e.name for e in select(()) if "truth" not in e.needs and "transcode" not in e.uses]
+
+
+def publish(root: Path, target: Path) -> list[str]:
+    """Copy what is kept in git; returns the names that were copied. The target's older copy is replaced."""
+    target.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for name in KEPT:
+        source, goal = root / name, target / name
+        if source.is_dir():
+            shutil.rmtree(goal, ignore_errors=True)
+            shutil.copytree(source, goal)
+        elif source.is_file():
+            shutil.copy2(source, goal)
+        else:
+            continue
+        copied.append(name)
+    return copied
