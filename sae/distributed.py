@@ -48,6 +48,11 @@ class Team:
         """Whether this is rank 0, which writes."""
         return self.mesh.rank == 0
 
+    def say(self, text: str, *arguments: object) -> None:
+        """Log an error that all ranks met, once."""
+        if self.first:
+            logger.error(text, *arguments)
+
 
 def world_size() -> int:
     """Processes that torchrun started, 1 without it."""
@@ -210,7 +215,7 @@ def _loop(
                 if run.failure:
                     _check_finite(store, x_ND, flat[part], index + 1, mesh)
                     failures[run.folder.name] = run.failure
-                    logger.error("%s stopped: %s; the other SAEs go on", run.folder.name, run.failure)
+                    team.say("%s stopped: %s; the other SAEs go on", run.folder.name, run.failure)
                 elif not run.active:
                     _finish(run, store, team, failures)
             if bar is not None:
@@ -227,7 +232,7 @@ def _finish(run: Run, store: Store, team: Team, failures: dict[str, str]) -> Non
     distributed_state.finish(run, store, team.mesh, team.watch)
     if run.failure:
         failures[run.folder.name] = run.failure
-        logger.error("%s is not saved: %s; the other SAEs go on", run.folder.name, run.failure)
+        team.say("%s is not saved: %s; the other SAEs go on", run.folder.name, run.failure)
 
 
 def _check_finite(store: Store, x_ND: Tensor, flat: Any, step: int, mesh: Mesh) -> None:
@@ -260,7 +265,7 @@ def _save_steps(
             distributed_state.save(run, store_key, team.mesh, team.watch)
         except DataError as error:  # on all ranks
             run.failure = failures[run.folder.name] = str(error)
-            logger.error("%s; the other SAEs go on", error)
+            team.say("%s; the other SAEs go on", error)
     keeper.done(signals)
     if stop:
         raise resume.TrainingInterrupted(f"{len(active)} SAE(s) saved after step {step}; the same command goes on")

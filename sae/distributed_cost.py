@@ -132,7 +132,7 @@ def communication(
         sent = candidates(wide, shape.latent, width, capacity)
         found.append(Collective("top-K values", "latent", "gather", tokens * sent * f))
     if cfg.architecture in ("batchtopk", "matryoshka"):
-        found.append(Collective("batch top-K counts", "world", "reduce", (f * 256 + 3) * 8))
+        found.append(Collective("batch top-K counts", "world", "reduce", (f * 256 + 2) * 8))
     decodes = {"gated": 2, "matryoshka": _groups(cfg.d_sae), "topk": 2 if cfg.multi_topk else 1}
     n_decodes = decodes.get(cfg.architecture, 1)
     found.append(Collective("reconstructions", "latent", "reduce", n_decodes * tokens * d_in * f))

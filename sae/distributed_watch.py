@@ -27,6 +27,7 @@ SILENT_S = 60.0
 """Silence after which a rank counts as lost where its process cannot be looked at."""
 GRACE_S = 5.0
 """Time that the main thread has to end by itself once a rank is lost."""
+LINGER_S = 1.5
 POLL_S = 0.05
 EXIT_LOST = 2
 logger = logging.getLogger(__name__)
@@ -133,20 +134,29 @@ class Watch:
             try:
                 self._beat(self._own, number)
                 self.lost = self._look()
+                if self.lost and not self._own.check(["lost"]):  # so that all ranks name the same one
+                    self._own.set("lost", self.lost)
             except RuntimeError as error:  # torch's DistError is one
-                who = f"rank 0 ({self._who[0]})"
-                self.lost = (
-                    f"{who} is gone: its process ended" if self.rank and self._who[0].gone() else
-                    f"the store of the process group, kept by torchrun or by {who}, does not answer ({error})"
-                )  # fmt: skip
+                self.lost = self._without_store(error)
             if self.lost and not self._stop.is_set():
                 break
         if self.lost and not self._stop.wait(GRACE_S):  # the main thread waits in a collective
             self.report()
             os._exit(EXIT_LOST)
 
+    def _without_store(self, error: RuntimeError) -> str:
+        """Whom to name once the store is gone, which torchrun or rank 0 keeps."""
+        gone = [r for r in range(self.world) if r != self.rank and self._who[r].gone()]
+        if not gone:
+            keeper = f"torchrun or rank 0 ({self._who[0]})"
+            return f"the store of the process group, kept by {keeper}, does not answer ({str(error).splitlines()[0]})"
+        first = max(gone)  # rank 0 may have ended because of another
+        return f"rank {first} ({self._who[first]}) is gone" + (", and the store with rank 0" if 0 in gone else "")
+
     def _look(self) -> str:
         """What is wrong with another rank, "" where all is well."""
+        if self._own.check(["lost"]):
+            return bytes(self._own.get("lost")).decode()
         others = [r for r in range(self.world) if r != self.rank]
         beats = [bytes(b).decode() for b in self._own.multi_get([f"alive/{r}" for r in others])]
         now = time.monotonic()
@@ -178,6 +188,8 @@ class Watch:
             if not self._reported:
                 self._reported = True
                 print(f"error: {self.message()}", file=sys.stderr, flush=True)
+        if self.rank == 0:  # it may keep the store, in which the others read whom to name
+            time.sleep(LINGER_S)
 
     def check(self) -> None:
         """:class:`RankLost` once another rank is lost."""

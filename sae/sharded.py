@@ -198,13 +198,12 @@ def _topk(
     values_Nk, latents_Nk = ops.encode_topk(n_ND, pre_D, sae.W_enc_FD, sae.b_enc_F, sent, dtype=dtype)
     order_Nk = numbers(sae, mesh, latents_Nk)
     slots = ops.entries_of(ops.SparseLatents(values_Nk, latents_Nk))
-    parts, before_Nk, overflow = [], torch.zeros_like(latents_Nk, dtype=torch.bool), None
-    for k in ks:
-        picked = pick_largest(values_Nk.detach(), order_Nk, k, width, mesh)
+    parts, before_Nk = [], torch.zeros_like(latents_Nk, dtype=torch.bool)
+    found = pick_largest(values_Nk.detach(), order_Nk, ks, width, mesh)
+    for picked in found:
         parts.append(ops_above.kept(slots, (picked.keep_Nk & ~before_Nk).view(-1)))
-        before_Nk, overflow = picked.keep_Nk, picked.overflow
-    assert overflow is not None
-    return parts, overflow
+        before_Nk = picked.keep_Nk
+    return parts, found[-1].overflow
 
 
 def _decode(sae: SAE, entries: ops.Entries, mesh: Mesh) -> Tensor:
@@ -326,7 +325,7 @@ def _aux(sae: SAE, n_ND: Tensor, pre_D: Tensor | None, residual_ND: Tensor, step
         best = torch.topk(z_Nd.detach(), here, dim=1, sorted=False)
         values_Nk = torch.nn.functional.pad(best.values, (0, sent - here))
         order_Nk = torch.nn.functional.pad(numbers(sae, mesh, dead_d)[best.indices], (0, sent - here))
-        picked = pick_largest(values_Nk, order_Nk, k_aux, len(sae.W_enc_FD), mesh)
+        (picked,) = pick_largest(values_Nk, order_Nk, (k_aux,), len(sae.W_enc_FD), mesh)
         overflow = picked.overflow
         kept_Nk = picked.keep_Nk[:, :here].to(z_Nd.dtype)
         z_Nd = z_Nd * torch.zeros_like(z_Nd).scatter_(1, best.indices, kept_Nk)

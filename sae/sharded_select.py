@@ -4,6 +4,7 @@ Shapes: N tokens of this rank, k values each, R latent ranks, E entries. Latent 
 ``local * R + r`` of the SAE.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,28 +24,35 @@ class Picked(NamedTuple):
     ranks. 0 where every rank sends K."""
 
 
-def pick_largest(values_Nk: Tensor, latents_Nk: Tensor, k: int, width: int, mesh: Mesh) -> Picked:
-    """The K largest positive values of each token over all latent ranks; ``latents_Nk``: their numbers in the SAE.
+def pick_largest(
+    values_Nk: Tensor, latents_Nk: Tensor, ks: Sequence[int], width: int, mesh: Mesh
+) -> list[Picked]:
+    """The K largest positive values of each token over all latent ranks, for each K of ``ks`` from one exchange.
 
-    Candidates of each rank are its k largest of ``width`` latents, in any order, at least 0. Of equal values the lower
-    latent wins, as in :func:`sae.ops.topk`; the numbers are only exchanged for tokens where that matters. NaN counts
-    as larger than any number, so that it reaches the loss.
+    ``latents_Nk``: their numbers in the SAE. Candidates of each rank are its k largest of ``width`` latents, in any
+    order, at least 0. Of equal values the lower latent wins, as in :func:`sae.ops.topk`; the numbers are only exchanged
+    for tokens where that matters. NaN counts as larger than any number, so that it reaches the loss.
     """
-    if mesh.shape.latent == 1 and values_Nk.shape[1] <= k:
-        return Picked((values_Nk <= 0).logical_not(), torch.zeros((), dtype=torch.int64, device=values_Nk.device))
+    if mesh.shape.latent == 1 and values_Nk.shape[1] <= min(ks):
+        none = torch.zeros((), dtype=torch.int64, device=values_Nk.device)
+        return [Picked((values_Nk <= 0).logical_not(), none) for _ in ks]
     all_RNk = mesh.gather(values_Nk, "latent")
+    return [_pick(values_Nk, latents_Nk, all_RNk, k, width, mesh) for k in ks]
+
+
+def _pick(
+    values_Nk: Tensor, latents_Nk: Tensor, all_RNk: Tensor, k: int, width: int, mesh: Mesh
+) -> Picked:
     all_NR = all_RNk.permute(1, 0, 2).reshape(len(values_Nk), -1)
     theta_N1 = torch.topk(all_NR, min(k, all_NR.shape[1]), dim=1).values[:, -1:].clamp_min(0)
     keep_Nk = (values_Nk <= theta_N1).logical_not()
     tied_N = ((all_NR >= theta_N1).sum(1) > k) & (theta_N1[:, 0] > 0)
+    keep_Nk |= (values_Nk == theta_N1) & (theta_N1 > 0) & ~tied_N[:, None]
     if bool(tied_N.any()):  # the same on all latent ranks
         keep_Nk[tied_N] |= _first_of_equal(values_Nk[tied_N], latents_Nk[tied_N], all_RNk[:, tied_N],
                                            theta_N1[tied_N], k, mesh)  # fmt: skip
-    else:
-        keep_Nk |= (values_Nk == theta_N1) & (theta_N1 > 0)
     overflow = torch.zeros((), dtype=torch.int64, device=values_Nk.device)
-    sent = values_Nk.shape[1]
-    if sent < min(k, width):
+    if values_Nk.shape[1] < min(k, width):
         overflow = (all_RNk.amin(2) > theta_N1[:, 0]).any(0).sum()
     return Picked(keep_Nk, overflow)
 

@@ -172,7 +172,7 @@ def select(rank: int, mesh: str) -> dict[str, Any]:
         part, latents = one.part(len(h_NF)), torch.arange(one.latent_rank, 24, shards)
         for k in (1, 3, 7, 20):
             own = ops.topk(h_NF[part][:, latents].contiguous(), min(k, len(latents)))
-            picked = pick_largest(own.values_NK, latents[own.indices_NK], k, len(latents), one)
+            (picked,) = pick_largest(own.values_NK, latents[own.indices_NK], (k,), len(latents), one)
             kept = torch.zeros(64, 24, dtype=torch.bool)
             rows = torch.arange(part.start, part.stop)[:, None].expand_as(own.indices_NK)[picked.keep_Nk]
             kept[rows, latents[own.indices_NK][picked.keep_Nk]] = True
@@ -205,7 +205,7 @@ def overflow(rank: int, mesh: str) -> dict[str, Any]:
         for capacity in (1.0, None):
             top = torch.topk(values_NF, candidates(16, one.shape.latent, 32, capacity), dim=1)
             numbers = top.indices * one.shape.latent + one.latent_rank
-            picked = pick_largest(top.values, numbers, 16, 32, one)
+            (picked,) = pick_largest(top.values, numbers, (16,), 32, one)
             found[str(capacity)] = int(picked.overflow), int(picked.keep_Nk.sum())
     return found
 
