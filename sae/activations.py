@@ -116,7 +116,7 @@ class ActivationStore:
                 return self._shards[0][flat].to(torch.float32)
             asked = range(*flat.indices(self.n_tokens))
             flat = np.arange(asked.start, asked.stop, asked.step)
-        index = np.asarray(flat, dtype=np.int64)
+        index = np.ascontiguousarray(flat, dtype=np.int64)
         if len(self._shards) == 1:
             return self._shards[0].index_select(0, torch.from_numpy(index)).to(torch.float32)
         found = torch.empty(len(index), self.d_in, dtype=torch.float32)
