@@ -39,6 +39,8 @@ PROVIDES = frozenset(
         "reconstruct",  # x_ND -> x_hat_ND
         "sparse",  # x_ND -> SparseLatents, decoder rows: an SAE or something with latents and directions
         "features",  # x_ND -> h_NF real-valued features (pre-activations for an SAE), by blocks of columns
+        "directions",  # decoder rows lie in the space of x: what a latent adds can be added to it, or taken from it
+        "transcode",  # x_ND -> a prediction of another activation (transcoders)
     }
 )
 
@@ -88,12 +90,13 @@ class Subject(Protocol):
 
 
 class SAESubject:
-    """A trained (or random) SAE as a subject. Input may lie on another device; answers come back to it."""
-
-    provides = PROVIDES
+    """An SAE or a transcoder as a subject. Input may lie on another device; answers come back to it."""
 
     def __init__(self, sae: "SAE", info: SubjectInfo) -> None:
         self.sae, self.info = sae, info
+        # A transcoder's output lies elsewhere: it reconstructs nothing of what it reads.
+        elsewhere = {"reconstruct", "directions"} if sae.transcodes else {"transcode"}
+        self.provides: frozenset[str] = PROVIDES - elsewhere
 
     def _here(self, x: "torch.Tensor") -> "torch.Tensor":
         return x.to(self.sae.W_dec_FD.device)

@@ -136,6 +136,8 @@ class Live:
             raise ConfigError(f"strength {strength:g} is not between {-MAX_STRENGTH:g} and {MAX_STRENGTH:g}")
         with self._lock:
             sae, hookpoint = self._sae(sae_id)
+            if sae.transcodes:
+                raise ConfigError(f"{sae_id} is a transcoder: its latents add to another activation than they read")
             if not 0 <= latent < sae.d_sae:
                 raise ConfigError(f"latent {latent} is not between 0 and {sae.d_sae - 1}")
             ids_BL = self._ids(text)

@@ -18,7 +18,7 @@ from autointerp.records import INTERP_SPLITS
 from evals.base import SAESubject, subject_info
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
-from sae import checkpoint, loading
+from sae import adapt, checkpoint, inspect, loading
 from sae.activations import ActivationStore, capture_activations
 from sae.base import SAE, random_like
 from sae.config import SubjectMeta, to_dict
@@ -31,6 +31,7 @@ from sae.train import TrainingDiverged, train_many
 logger = logging.getLogger(__name__)
 SAMPLE_TOKENS = 16_384
 REFERENCE_SAMPLE = 256
+RECIPE_TOKENS = 512
 
 
 class Pipeline:
@@ -81,10 +82,7 @@ class Pipeline:
     def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
         lm = self.lm()
         if sae.transcodes:
-            raise ConfigError(
-                f"{sae.sae_id} is a transcoder, which reconstructs another activation than it reads: the evaluations "
-                "are for autoencoders"
-            )
+            self._check_target(sae)
         if sae.d_in != width:
             raise ConfigError(
                 f"{sae.sae_id} reads {sae.d_in} channels, but {hookpoint} of {lm.name} has {width}; "
@@ -98,6 +96,14 @@ class Pipeline:
                 f"{sae.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), the run loads {lm.name} "
                 f"({lm.revision[:12]}); give the right --model"
             )
+
+    def _check_target(self, sae: SAE) -> None:
+        """What a transcoder predicts must be an activation of this model, of the width that it gives."""
+        out = sae.cfg.meta.hookpoint_out if sae.cfg.meta is not None else None
+        if "intervention" in self.cfg.interp.scorers:
+            raise ConfigError(f"{sae.sae_id} is a transcoder: the scorer 'intervention' pushes what an SAE reads")
+        if out is not None and (width := self.lm().check_hookpoint(out)) != sae.cfg.d_out:
+            raise ConfigError(f"{sae.sae_id} predicts {sae.cfg.d_out} channels, but {out} of the model has {width}")
 
     # -- tokens and activations ---------------------------------------------------------------------------------
     @cached_property
@@ -227,7 +233,21 @@ class Pipeline:
     @cached_property
     def saes(self) -> list[SAE]:
         """Trained (or given) SAEs, then the random floor."""
-        return [*self.trained, self.random_sae]
+        found = [*self.trained, self.random_sae]
+        self._note_recipes()
+        return found
+
+    def _note_recipes(self) -> None:
+        """A warning and a note of the run for each imported SAE whose recipe does not fit the activations at hand, so
+        that a wrong bias or norm convention does not pass silently (FORMATS 7)."""
+        for sae in self.given_saes:
+            if sae.cfg.source is None or sae.transcodes:
+                continue
+            rows = inspect.probe(adapt.from_sae(sae), self.reference_sample[:RECIPE_TOKENS].cpu())
+            suspect = inspect.suspicion(rows)
+            self.log.notes.setdefault("recipes", {})[sae.sae_id] = suspect or f"FVU {rows[0][1]:.3f} as imported"
+            if suspect is not None:
+                logger.warning("%s is suspect: %s", sae.sae_id, suspect)
 
     @cached_property
     def subjects(self) -> list[SAESubject]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sae import losses, ops, optim
 from sae.config import SAEConfig, TrainConfig
-from sae.errors import ConfigError, DataError, Unsupported
+from sae.errors import ConfigError, DataError
 from sae.manifest import key_of, seed_of
 from sae.norm import NormStats, normalise
 from sae.ops import Entries, SparseLatents, to_dense
@@ -339,9 +339,8 @@ def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
     Unit random decoder rows, encoder = decoder transposed, b_enc 0, b_dec the mean of the normalised sample, values
     scaled by one least-squares factor on the raw-x sample ``x_sample_ND`` (folded into the encoder). K is that of
     ``sae``, or its rounded mean L0 on the sample where it has none. ``sae_id`` is ``baseline.random_sae.<8 hex>``.
+    For a transcoder it is an SAE of the transcoder's inputs.
     """
-    if sae.transcodes:
-        raise Unsupported(f"{sae.sae_id} is a transcoder: the random floor is for autoencoders")
     if len(x_sample_ND) == 0:
         raise DataError("random_like needs at least one sample token")
     k = sae.cfg.k
@@ -349,8 +348,13 @@ def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
         active = int((sae.encode_sparse(x_sample_ND).values_NK > 0).sum())
         k = min(max(1, round(active / len(x_sample_ND))), sae.d_sae)
     key = key_of("random_sae", RANDOM_SAE_VERSION, {"seed": seed, "k": k}, {"sae": sae.sae_id})
+    own = sae.cfg
+    if sae.transcodes:  # its floor is a random SAE of what it reads: random latents beside learned ones
+        norm = replace(own.input_norm, scale_out=own.input_norm.scale_in)
+        meta = None if own.meta is None else replace(own.meta, hookpoint_out=None)
+        own = replace(own, d_out=own.d_in, input_norm=norm, meta=meta)
     cfg = replace(
-        sae.cfg,
+        own,
         architecture="topk",
         activation="topk",
         k=k,

@@ -84,7 +84,7 @@ def fetch(text: str, formats: Mapping[str, Iterable[str]], *, limit_bytes: int =
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        info = HfApi().repo_info(ref.repo, revision=ref.revision, timeout=TIMEOUT_S, files_metadata=True)
+        info = HfApi().model_info(ref.repo, revision=ref.revision, timeout=TIMEOUT_S, files_metadata=True)
     except Exception as error:  # every kind of network, proxy, access and name error ends in one message
         return _cached(ref, f"{type(error).__name__}: {_first_line(error)}", formats)
     sizes = {f.rfilename: int(f.size or 0) for f in info.siblings or ()}

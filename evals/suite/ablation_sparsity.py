@@ -225,7 +225,7 @@ class AblationSparsity:
     version = 1
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"lm", "test"})
-    uses = frozenset({"sparse"})
+    uses = frozenset({"sparse", "directions"})
 
     def config(self, preset: str) -> dict[str, Any]:
         """Positions; most active latents per position; random directions and channels per position; T."""

@@ -89,7 +89,11 @@ class DictionaryLearning:
         d_sae, d_in = encoder.shape if kind.linear else encoder.shape[::-1]
         for field, found in (("dict_size", d_sae), ("activation_dim", d_in)):
             if said(where, trainer, field, int) not in (None, found):
-                raise ConfigError(f"{where} says {field} {trainer[field]}, the tensors of {file.name} say {found}")
+                turned = " (does the encoder lie transposed?)" if trainer[field] in encoder.shape else ""
+                raise ConfigError(
+                    f"{where} says {field} {trainer[field]}, the tensors of {file.name} say {found}; expected them "
+                    f"equal{turned}"
+                )
         biases = {
             ours: shaped(file, theirs, values[theirs], (d_in,) if ours == "b_dec_D" else (d_sae,))
             for ours, theirs in kind.names.items()

@@ -38,7 +38,10 @@ class GemmaScope:
             found = npz_names(file) if file.suffix == ".npz" else list(safetensor_shapes(file))
         except (ArtefactError, Unsupported):
             return file is not None and file.name in (NPZ, WEIGHTS)
-        return {name.lower() for name in found} >= {"w_enc", "w_dec", "threshold"}
+        names = {name.lower() for name in found}
+        if file.name in (NPZ, WEIGHTS):  # by its own name a file that lacks a tensor is told which
+            return len(names & set(_TENSORS)) >= 3
+        return names >= {"w_enc", "w_dec", "threshold"}
 
     def read(self, path: Path, options: ImportOptions) -> Portable:
         file = _file(path)

@@ -21,7 +21,9 @@ class QwenScope:
     title = "Qwen Scope (layerN.sae.pt with W_enc and W_dec)"
 
     def recognises(self, path: Path) -> bool:
-        return path.is_file() and path.name.endswith(".sae.pt") and torch_mentions(path, *_KEYS)
+        if not path.is_file() or not path.name.endswith(".sae.pt"):
+            return False
+        return any(torch_mentions(path, key) for key in _KEYS[:2])  # one that lacks a tensor is told which
 
     def read(self, path: Path, options: ImportOptions) -> Portable:
         values = read_torch(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sae import checkpoint
 from sae.config import InputNorm, SAEConfig
@@ -56,3 +57,36 @@ def test_a_mix_of_formats_is_evaluated_and_named(tiny_world: list[str], tmp_path
     assert a == pytest.approx(b, rel=1e-5), "one SAE in two formats"
     board = (tmp_path / "root" / "leaderboard.csv").read_text()
     assert "saelens." in board and "sparsify." in board
+    notes = json.loads((tmp_path / "root" / "run.json").read_text())["notes"]["recipes"]
+    assert {name.split(".")[0] for name in notes} == {"saelens", "sparsify"}, "each was tried on the activations"
+    assert all("FVU" in text for text in notes.values())
+
+
+def write_transcoder(folder: Path, width: int) -> Path:
+    """A sparsify skip transcoder of an MLP, with the run's own config.json above it."""
+    g = torch.Generator().manual_seed(0)
+    folder.mkdir(parents=True)
+    shapes = {"encoder.weight": (64, width), "W_dec": (64, width), "W_skip": (width, width)}
+    made = {name: 0.1 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    save_file({**made, "encoder.bias": torch.zeros(64), "b_dec": torch.zeros(width)}, folder / "sae.safetensors")
+    cfg = {"activation": "topk", "expansion_factor": 2, "normalize_decoder": True, "num_latents": 64, "k": 4,
+           "multi_topk": False, "skip_connection": True, "transcode": True, "d_in": width}  # fmt: skip
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    (folder.parent / "config.json").write_text(json.dumps({"model": "tiny", "ctx_len": 32}))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_transcoder_is_evaluated_as_one(tiny_world: list[str], tmp_path: Path):
+    """Against its target, and by its latents; what reconstructs the input leaves it to the floors, and says so."""
+    given = ["--sae", str(write_transcoder(tmp_path / "run" / "layers.1.mlp", 32))]
+    done = run(tmp_path / "root", tiny_world, *given, "--evals", "transcoding", "reconstruction", "n2g")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for path in (tmp_path / "root").glob("rows/sparsify.*/*/*/rows.jsonl")
+            for line in path.read_text().splitlines()]  # fmt: skip
+    assert {r["eval"] for r in rows} == {"transcoding", "n2g"} and {r["hookpoint"] for r in rows} == {"layers.1.mlp:in"}
+    found = {r["metric"]: r["value"] for r in rows if r["eval"] == "transcoding"}
+    assert found["target_fvu"] > 0 and 0 < found["l0"] <= 4
+    assert "transcoding" in (tmp_path / "root" / "leaderboard.csv").read_text()
+    pushed = run(tmp_path / "root", tiny_world, *given, "--evals", "transcoding", "--interp.scorers", "intervention")
+    assert pushed.returncode == 2 and "pushes what an SAE reads" in pushed.stderr

@@ -15,7 +15,7 @@ from sae import checkpoint, metrics
 from sae.activations import capture_activations
 from sae.base import random_like
 from sae.config import InputNorm, SAEConfig, TokensConfig, TrainConfig
-from sae.errors import ConfigError, DataError, Unsupported
+from sae.errors import ConfigError, DataError
 from sae.language_model import LanguageModel
 from sae.paired import PairedStore
 from sae.plugins import find
@@ -109,9 +109,14 @@ def test_one_store_is_not_enough(store: Pairs, tmp_path: Path) -> None:
         train_many(tmp_path, PlantedStore(store.x_ND), [CFG], META)
 
 
-def test_there_is_no_random_floor(store: Pairs, trained: dict[str, Path]) -> None:
-    with pytest.raises(Unsupported, match="transcoder"):
-        random_like(checkpoint.load(trained["transcoder"]), 0, store.x_ND)
+def test_the_random_floor_is_an_sae_of_what_is_read(store: Pairs, trained: dict[str, Path]) -> None:
+    sae = checkpoint.load(trained["transcoder"])
+    floor = random_like(sae, 0, store.x_ND)
+    assert floor.cfg.architecture == "topk" and floor.cfg.k == sae.cfg.k and floor.d_sae == sae.d_sae
+    assert floor.cfg.meta is not None and floor.cfg.meta.hookpoint_out is None
+    assert floor(store.x_ND).shape == store.x_ND.shape
+    value = metrics.fvu(store.x_ND, floor(store.x_ND))
+    assert value is not None and value < 1
 
 
 @pytest.fixture(scope="module")
