@@ -150,10 +150,6 @@ class Transcoding:
         """`tokens`: at most this many tokens of the split test, whole rows."""
         return {"tokens": {"quick": 4_096, "paper": 500_000, "tiny": 1_024}[preset]}
 
-    def lm_tokens(self, preset: str, n_subjects: int) -> tuple[int, int]:
-        """Tokens (below, above) the hookpoint, for ``--dry-run``: target, clean and two patched passes."""
-        return 5 * self.config(preset)["tokens"], 3 * self.config(preset)["tokens"]
-
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
         return {"test": ctx.stores["test"].key, "target": target_of(ctx)}
 
