@@ -29,8 +29,9 @@ imports: env
 bench: env  ## kernels against their references
 	$(PY) kernels/bench.py
 
-gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, then the bench and the tables of docs/kernels.md
+gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, launch settings for it, the bench, docs/kernels.md
 	$(PY) -m pytest -m gpu
+	$(PY) kernels/bench.py --tune
 	$(PY) kernels/bench.py
 	$(PY) kernels/bench_summary.py --write
 

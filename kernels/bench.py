@@ -15,7 +15,9 @@ import bench_step
 import bench_summary
 import torch
 
-SUITES = ("ceilings", "topk", "ops", "decode", "step")
+SUITES = ("ceilings", "topk", "ops", "decode", "step", "host")
+HOST_TOKENS = (1_024, 2_048, 4_096, 8_192)
+"""Sizes of a batch at which the host may be what takes the time."""
 CPU_LATENTS = (4_608, 9_216)
 """The quick preset's SAE, and the size of the figures to reach on a CPU."""
 
@@ -30,6 +32,9 @@ def gpu(bench: bench_common.Bench, suites: list[str], sizes: list[tuple[int, int
         with bench.guard(f"step at N = {shape[0]}"):
             bench_step.run(bench, shape)
         torch.cuda.empty_cache()
+    for n in HOST_TOKENS if "host" in suites else ():
+        with bench.guard(f"host at N = {n}"):
+            bench_step.host(bench, (n, *sizes[0][1:]))
     for number, shape in enumerate(sizes):
         parts = (bench_ops.encoder, bench_ops.threshold, bench_ops.decode_error, bench_ops.weight_gradients)
         for part in parts if "ops" in suites else ():
@@ -56,36 +61,53 @@ def cpu(bench: bench_common.Bench, suites: list[str], sizes: list[tuple[int, int
                 bench_step.run(bench, shape)
 
 
-def main() -> None:
-    """Command line; sizes default to the quick preset's SAE on a CPU, to D 768, F 32,768 on a GPU."""
-    on_gpu = torch.cuda.is_available()
+def arguments(on_gpu: bool) -> argparse.ArgumentParser:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, nargs="+", help="tokens; on a GPU two sizes by default")
     parser.add_argument("--k", type=int, default=32, help="active latents per token")
     parser.add_argument("--f", type=int, nargs="+", help="latents; on a CPU two sizes by default")
     parser.add_argument("--d", type=int, help="channels")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the sparse decode")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the sparse decode, or to be tuned")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES), help="parts to run")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls per row (long ones fewer)")
     parser.add_argument("--busy", action="store_true", help="CPU: one thread, processor time, for a shared machine")
     parser.add_argument("--seconds", type=float, default=150.0, help="slow baselines are left out when this runs short")
+    parser.add_argument("--tune", action="store_true", help="time launch settings instead and write this GPU's table")
+    parser.add_argument("--table", type=Path, help="with --tune: the table's file, by default in the user's cache")
+    parser.add_argument("--commit", default="", help="of the code, where this folder is a copy without its history")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "results" / "kernels.csv")
+    return parser
+
+
+def main() -> None:
+    """Command line; sizes default to the quick preset's SAE on a CPU, to D 768, F 32,768 on a GPU."""
+    parser = arguments(torch.cuda.is_available())
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    tokens = args.n or ([8_192, 32_768] if on_gpu else [4_096])
+    tokens = args.n or ([8_192, 32_768] if on_gpu and not args.tune else [8_192] if on_gpu else [4_096])
     latents = args.f or ([32_768] if on_gpu else CPU_LATENTS)
     d = args.d or (768 if on_gpu else 576)
     if not 1 <= args.k <= min(latents) or min(*tokens, d) < 1 or args.repeats < 2:
         parser.error("sizes must be positive, k at most f, repeats at least 2")
+    if args.tune and not on_gpu:
+        parser.error("launch settings can be tuned on a GPU only")
     if args.busy:
         torch.set_num_threads(1)
     bench_common.check_file(args.out)
     clock = time.process_time if args.busy else time.perf_counter
-    bench = bench_common.Bench(device, args.repeats, args.seconds, clock=clock)
+    bench = bench_common.Bench(device, args.repeats, args.seconds, clock=clock, commit=args.commit)
+    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     sizes = [(n, args.k, f, d) for f in latents for n in tokens]
-    (gpu if on_gpu else cpu)(bench, args.suite, sizes, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    if args.tune:
+        import bench_tune
+
+        asked = args.dtype or any((args.n, args.f, args.d))
+        bench_tune.run(bench, [(size, dtype) for size in sizes] if asked else bench_tune.SHAPES, args.table)
+    else:
+        (gpu if on_gpu else cpu)(bench, args.suite, sizes, dtype)
     bench_common.append(args.out, bench.rows)
     print("\n".join(bench_summary.ratios(bench.rows)))
     print(f"{len(bench.rows)} rows -> {args.out}, {bench.seconds - bench.left:.0f} s")

@@ -52,6 +52,9 @@ class Bench:
     clock: Callable[[], float] = time.perf_counter
     """Seconds, on a CPU. Processor time on one thread tells the same where other work shares the machine."""
 
+    commit: str = ""
+    """Of the code that runs, where the working tree here cannot tell (a copy on another machine)."""
+
     @property
     def left(self) -> float:
         """Seconds left."""
@@ -107,8 +110,8 @@ class Bench:
             self.rows.append(dict(zip(COLUMNS, (
                 kernel, name, mode, *shape, dtype, _four(p20), _four(p50), _four(p80), peaks[name],
                 _four(flop / p50 / 1e9), _four(moved / p50 / 1e9), _four(floor_ms), _four(floor_ms / p50), repeats,
-                device_name(self.device), torch.get_num_threads(), torch.__version__, triton_version(), commit(),
-                datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                device_name(self.device), torch.get_num_threads(), torch.__version__, triton_version(),
+                self.commit or commit(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             ), strict=True)))  # fmt: skip
             print(line(self.rows[-1]), flush=True)
         return medians
@@ -164,7 +167,7 @@ def _four(value: float) -> str:
 def line(row: Mapping[str, object]) -> str:
     """A row for people."""
     shape = f"N{row['n_tokens']} K{row['k']} F{row['d_sae']} D{row['d_in']} {row['dtype']}"
-    parts = [f"{row['kernel']:14}{row['provider']:16}{row['mode']:25}{shape:38}"]
+    parts = [f"{row['kernel']:14} {row['provider']:16} {row['mode']:25}{shape:38}"]
     parts.append(f"p20 {row['p20_ms']}  p50 {row['p50_ms']}  p80 {row['p80_ms']} ms")
     for name, unit in (("peak_mib", "MiB"), ("tflops", "TFLOP/s"), ("tbs", "TB/s"), ("share", "of the floor")):
         parts += [f"{row[name]} {unit}"] if row[name] not in ("", None) else []

@@ -163,3 +163,12 @@ def run(bench: bench_common.Bench, shape: tuple[int, int, int, int]) -> None:
             "topk_step", calls, shape, dtype, mode=mode, flop=flop + 8.0 * n * k * d, floor_ms=floor_ms,
             repeats=min(bench.repeats, 10),
         )  # fmt: skip
+
+
+def host(bench: bench_common.Bench, shape: tuple[int, int, int, int]) -> None:
+    """Our step as it comes and with the host ahead ("queued"): a graph of the step could win the difference at most."""
+    n, k, f, _ = shape
+    n_ND = torch.randn(n, shape[3], generator=torch.Generator(device=bench.device).manual_seed(1), device=bench.device)
+    ours = Provider("fused-A", n_ND, k, f)
+    for mode, queued in (("step", False), ("step queued", True)):
+        bench.run("host", {"fused-A": ours.step}, shape, "bfloat16", mode=mode, queued=queued)

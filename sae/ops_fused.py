@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae import optim
-from sae.ops import Impl, SparseLatents
+from sae import ops_checks, ops_gpu, optim
+from sae.ops import Impl, SparseLatents, sparse_decode
 
 if TYPE_CHECKING:
     from sae_kernels.topk_encode import PreparedEncoder
@@ -177,18 +177,77 @@ def weighted_column_sum(weights_N: Tensor, rows_ND: Tensor) -> Tensor:
     return _kernels().row_steps.weighted_column_sum(weights_N, rows_ND)  # type: ignore[no-any-return]
 
 
-def project_gradient_(grad_FD: Tensor, W_FD: Tensor) -> Tensor:
-    """:func:`sae.optim.project_gradient_`, on CUDA in one pass (TRAINING 6, step 5)."""
-    if usable(grad_FD, W_FD) and grad_FD.is_contiguous():
-        return _kernels().row_steps.project_rows_(grad_FD, W_FD.detach())  # type: ignore[no-any-return]
+class _DecodeError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, t_ND: Tensor
+    ) -> Tensor:
+        # The residual stays float32: gradients come from it.
+        sse_N, r_ND, dot_NK = _kernels().mse.decode_error(
+            values_NK, indices_NK, W_dec_FD, b_dec_D, t_ND.contiguous(), torch.float32
+        )
+        ctx.save_for_backward(values_NK, indices_NK, W_dec_FD, b_dec_D, t_ND, r_ND, dot_NK)
+        return sse_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        values_NK, indices_NK, W_dec_FD, b_dec_D, t_ND, r_ND, dot_NK = ctx.saved_tensors
+        kernels, twice_N = _kernels(), (2.0 * grad_N).contiguous()
+        grad_FD = None
+        if ctx.needs_input_grad[2]:
+            work = kernels.dual_grad.worklist(values_NK, indices_NK, len(W_dec_FD))
+            grad_FD = kernels.dual_grad.single_gradient(work, values_NK * twice_N[:, None], r_ND, W_dec_FD.dtype)
+        grad_D = kernels.row_steps.weighted_column_sum(twice_N, r_ND).to(b_dec_D.dtype)
+        grad_t_ND = (-twice_N[:, None] * r_ND).to(t_ND.dtype) if ctx.needs_input_grad[4] else None
+        return (dot_NK * twice_N[:, None]).to(values_NK.dtype), None, grad_FD, grad_D, grad_t_ND
+
+
+def decode_error(
+    values_NK: Tensor, indices_NK: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, t_ND: Tensor, impl: Impl = "auto"
+) -> Tensor:
+    """``sse_N = |y_n - t_n|^2`` with ``y = sum over k of values * W_dec[indices] + b_dec``; differentiable in all four.
+
+    Sums, and the result, are float32 for operands of 16 or 32 bits. A normalised error is a function of it: divide by a
+    number per token or batch. An empty slot (value 0) adds nothing and gets no gradient. ``impl`` and errors as in
+    :func:`sae.ops.sparse_decode`.
+    """
+    ops_checks.decoder(values_NK, indices_NK, W_dec_FD)
+    ops_checks.implementation(impl)
+    if values_NK.dim() != 2 or b_dec_D.shape != W_dec_FD.shape[1:] or t_ND.shape != (len(values_NK), len(b_dec_D)):
+        found = ops_checks.found(values=values_NK, W_dec=W_dec_FD, b_dec=b_dec_D, t=t_ND)
+        raise ValueError(f"decode_error wants values [N, K], W_dec [F, D], b_dec [D], t [N, D]; got {found}")
+    if impl == "triton" or (impl == "auto" and ops_gpu.takes_decode(values_NK, indices_NK, W_dec_FD)):
+        operands = (values_NK, indices_NK, W_dec_FD, b_dec_D, t_ND)
+        return ops_gpu._by_triton(lambda: _DecodeError.apply(*operands), t_ND.device)  # type: ignore[no-any-return]
+    wide = torch.promote_types(W_dec_FD.dtype, torch.float32)
+    used_NK = torch.where(values_NK != 0, values_NK, 0.0).to(wide)
+    y_ND = sparse_decode(used_NK, indices_NK, W_dec_FD.to(wide), "torch") + b_dec_D
+    return (y_ND - t_ND).square().sum(1)
+
+
+def project_gradient_(grad_FD: Tensor, W_FD: Tensor, impl: Impl = "auto") -> Tensor:
+    """:func:`sae.optim.project_gradient_`, on CUDA in one pass (TRAINING 6, step 5).
+
+    ``impl="triton"`` never falls back: ``TypeError`` or ``ValueError`` for what the kernel does not take.
+    """
+    ops_checks.implementation(impl)
+    if impl == "triton" or (usable(grad_FD, W_FD, impl=impl) and grad_FD.is_contiguous()):
+        rows = _kernels().row_steps
+        return ops_gpu._by_triton(  # type: ignore[no-any-return]
+            lambda: rows.project_rows_(grad_FD, W_FD.detach()), W_FD.device
+        )
     return optim.project_gradient_(grad_FD, W_FD)
 
 
-def unit_rows_(W_FD: Tensor, copies: ComputeCopies | None = None) -> Tensor:
-    """:func:`sae.optim.normalise_rows_`, on CUDA in one pass that also writes the compute copy (step 8)."""
-    if not usable(W_FD):
+def unit_rows_(W_FD: Tensor, copies: ComputeCopies | None = None, impl: Impl = "auto") -> Tensor:
+    """:func:`sae.optim.normalise_rows_`, on CUDA in one pass that also writes the compute copy (step 8). ``impl`` as in
+    :func:`project_gradient_`."""
+    ops_checks.implementation(impl)
+    if impl != "triton" and not usable(W_FD, impl=impl):
         return optim.normalise_rows_(W_FD)
-    _kernels().row_steps.renorm_rows_(W_FD.detach(), None if copies is None else copies.W_dec_FD)
+    copy_FD, rows = None if copies is None else copies.W_dec_FD, _kernels().row_steps
+    ops_gpu._by_triton(lambda: rows.renorm_rows_(W_FD.detach(), copy_FD), W_FD.device)
     if copies is not None:
         copies.decoder_is_current = True
     return W_FD

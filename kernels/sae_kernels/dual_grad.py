@@ -233,21 +233,21 @@ def _launch(work: Worklist, dec: tuple[Tensor, Tensor], enc: tuple[Tensor, Tenso
     # Without the encoder's half its pointers are never followed; any tensor may stand there.
     coef_enc, u, w_enc, part_enc, b = (*enc, out[1], parts[1], out[2]) if enc else (*dec, out[0], parts[0], part_b_P)
     # Triton takes no pointer of an empty tensor for granted: without slots there is nothing to load either.
-    columns = launch.cdiv(width, CHANNELS)
+    size = launch.gather("weight_gradients", dec[1], launch.Blocks(CHANNELS, launch.cdiv(width, CHANNELS), 1))
     tokens_E = work.entries_E if work.tokens_E is None else work.tokens_E
     common: dict[str, Any] = {
-        "CHUNK": launch.CHUNK, "CHANNELS": CHANNELS, "DUAL": enc is not None, "num_warps": 1
+        "CHUNK": launch.CHUNK, "CHANNELS": size.channels, "DUAL": enc is not None, "num_warps": size.warps
     }  # fmt: skip
     with torch.cuda.device_of(dec[1]):
-        _segments_kernel[(work.n_latents + n_pieces, columns)](
+        _segments_kernel[(work.n_latents + n_pieces, size.programs)](
             work.entries_E, work.keys_E, work.bounds_F1, tokens_E, dec[0], dec[1], coef_enc, u, out[0], w_enc, b,
             parts[0], part_enc, part_b_P, work.shift, work.n_latents, max(work.n_slots, 1), width, n_pieces,
-            ROWS=launch.ROWS, ADD=accumulate, RAGGED=work.tokens_E is not None, **common,
+            ROWS=size.rows, ADD=accumulate, RAGGED=work.tokens_E is not None, **common,
         )  # fmt: skip
         if n_pieces:
-            _combine_kernel[(n_pieces, columns)](
+            _combine_kernel[(n_pieces, size.programs)](
                 work.keys_E, work.bounds_F1, out[0], w_enc, b, parts[0], part_enc, part_b_P,
-                work.shift, work.n_latents, width, n_pieces, ROWS=2 * launch.ROWS, **common,
+                work.shift, work.n_latents, width, n_pieces, ROWS=2 * size.rows, **common,
             )  # fmt: skip
 
 

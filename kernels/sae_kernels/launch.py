@@ -1,14 +1,19 @@
-"""What every kernel needs before it starts: checks of its operands and the sizes of its blocks.
+"""What every kernel needs before it starts: checks of its operands, the sizes of its blocks, settings tuned for a GPU.
 
 Shapes: N tokens, K slots per token, F = d_sae, D = d_in. No kernel looks at the device: a tensor on the CPU works under
 Triton's interpreter (TRITON_INTERPRET=1) and meets Triton's own "0 active drivers" without it.
 """
 
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+
+from sae_kernels import tuned as tables
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -31,6 +36,16 @@ class Blocks(NamedTuple):
     warps: int
 
 
+class Gather(NamedTuple):
+    """The same for a kernel that gathers rows."""
+
+    channels: int
+    programs: int
+    warps: int
+    rows: int
+    """Gathered rows per step."""
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up. ``triton.cdiv`` is the same in 30 times the time, which counts where kernels are short."""
     return -(-a // b)
@@ -50,12 +65,95 @@ def described(**operands: Tensor) -> str:
 
 @cache
 def blocks(width: int) -> Blocks:
-    """Settings for rows of ``width`` channels (at least 1).
+    """Settings for rows of ``width`` channels (at least 1) where no table has any.
 
-    They are data, not a timing made in the run: another block would be another order of sums, hence other bits.
+    Data like the tables, no timing made in the run: another block would be another order of sums, hence other bits.
     """
     channels = min(MAX_BLOCK, max(16, power_of_2(width)))
     return Blocks(channels, cdiv(width, channels), min(4, max(1, channels // 256)))
+
+
+_FORCED: dict[str, tables.Settings] = {}
+_UNTUNED = False
+
+
+@contextmanager
+def trying(kernel: str, dtype: torch.dtype, settings: tables.Settings) -> Iterator[None]:
+    """Launch ``kernel`` with these settings for a while, whatever tables say. ``ValueError`` for impossible ones."""
+    wanted = tables.check(kernel, str(dtype).removeprefix("torch."), settings)
+    before = _FORCED.get(kernel)
+    _FORCED[kernel] = wanted
+    try:
+        yield
+    finally:
+        del _FORCED[kernel]
+        if before is not None:
+            _FORCED[kernel] = before
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Launch everything with the constants for a while."""
+    global _UNTUNED
+    before, _UNTUNED = _UNTUNED, True
+    try:
+        yield
+    finally:
+        _UNTUNED = before
+
+
+def tuned(kernel: str, rows: Tensor, n_latents: int = 0, k: int = 0) -> tables.Settings | None:
+    """Settings measured for the device, type and D of the rows [*, D], and for F and K where a kernel depends on them.
+
+    None where nothing was measured: the constants beside the kernel hold then. First the user's table, then the
+    shipped one. Under ``torch.use_deterministic_algorithms(True)`` the user's is left out: another setting is another
+    order of sums, and bits must not depend on what was timed on this machine.
+    """
+    if _FORCED and kernel in _FORCED:
+        return _FORCED[kernel]
+    device = device_name(rows.device)
+    if not device or _UNTUNED:
+        return None
+    shipped_only = torch.are_deterministic_algorithms_enabled()
+    return _found(kernel, device, rows.dtype, rows.shape[-1], n_latents, k, shipped_only)
+
+
+@lru_cache(maxsize=1_024)
+def device_name(device: torch.device) -> str:
+    """Name of a GPU; empty for other devices."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+@lru_cache(maxsize=1_024)
+def _found(
+    kernel: str, device: str, dtype: torch.dtype, width: int, n_latents: int, k: int, shipped_only: bool
+) -> tables.Settings | None:
+    used = _tables(device)[1 if shipped_only else 0 :]
+    kind = str(dtype).removeprefix("torch.")
+    return tables.find((t for t in used if t is not None), kernel, kind, width, n_latents, k)
+
+
+@cache
+def _tables(device: str) -> tuple[tables.Table | None, tables.Table | None]:
+    """The user's table of a device and the shipped one."""
+    version = triton.__version__
+    own = tables.read(tables.user_file(device, version), device, version)
+    return own, tables.read(tables.shipped_file(device), device)
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    _found.cache_clear()
+    _tables.cache_clear()
+
+
+def gather(kernel: str, rows: Tensor, otherwise: Blocks | None = None) -> Gather:
+    """Settings of a kernel that gathers rows [*, D], D at least 1; ``otherwise`` where no table has any."""
+    width, found = rows.shape[-1], tuned(kernel, rows)
+    if found is None:
+        return Gather(*(otherwise or blocks(width)), ROWS)
+    channels = min(found["channels"], max(16, power_of_2(width)))
+    return Gather(channels, cdiv(width, channels), found["warps"], found["rows"])
 
 
 def refusal(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, *, mixed: bool = False) -> Exception | None:

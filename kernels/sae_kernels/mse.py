@@ -73,7 +73,7 @@ def _decode_error_kernel(  # type: ignore[no-untyped-def]
 
 @cache
 def blocks(width: int) -> launch.Blocks:
-    """Settings for rows of ``width`` channels (at least 1): data, so equal inputs give equal bits."""
+    """Settings for rows of ``width`` channels (at least 1) where no table has any."""
     channels = min(SLICE, max(16, launch.power_of_2(width)))
     warps = 1 if channels <= 256 else 2 if channels <= 1_024 else 4 if channels <= 2_048 else 8
     return launch.Blocks(channels, launch.cdiv(width, channels), warps)
@@ -102,7 +102,7 @@ def check(values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND
 @torch.no_grad()
 def decode_error(
     values_NK: Tensor, indices_NK: Tensor, W_FD: Tensor, b_D: Tensor, t_ND: Tensor, r_dtype: torch.dtype | None = None,
-    *, size: launch.Blocks | None = None, gathered: int = launch.ROWS,
+    *, size: launch.Blocks | None = None, gathered: int | None = None,
 ) -> DecodeError:  # fmt: skip
     """Error of the reconstruction ``y = sum of values * W[indices] + b`` of the target t; not differentiable itself.
 
@@ -112,17 +112,17 @@ def decode_error(
     """
     check(values_NK, indices_NK, W_FD, b_D, t_ND)
     (n_tokens, n_slots), (n_latents, width), device = values_NK.shape, W_FD.shape, W_FD.device
-    size = size or blocks(width)
-    sse_SN = torch.empty(size.programs, n_tokens, dtype=torch.float32, device=device)
-    dot_SNK = torch.empty(size.programs, n_tokens, n_slots, dtype=torch.float32, device=device)
+    chosen = launch.gather("decode_error", W_FD, blocks(width)) if size is None else launch.Gather(*size, launch.ROWS)
+    sse_SN = torch.empty(chosen.programs, n_tokens, dtype=torch.float32, device=device)
+    dot_SNK = torch.empty(chosen.programs, n_tokens, n_slots, dtype=torch.float32, device=device)
     r_ND = torch.empty(n_tokens, width, dtype=r_dtype or W_FD.dtype, device=device)
     if n_tokens > 0:
         with torch.cuda.device_of(W_FD):
-            _decode_error_kernel[(n_tokens, size.programs)](
+            _decode_error_kernel[(n_tokens, chosen.programs)](
                 values_NK.contiguous(), indices_NK.contiguous(), W_FD, b_D.contiguous(), t_ND, sse_SN, r_ND, dot_SNK,
                 n_slots, n_latents, width, n_tokens,
-                ROWS=gathered, CHANNELS=size.channels, num_warps=size.warps,
+                ROWS=gathered or chosen.rows, CHANNELS=chosen.channels, num_warps=chosen.warps,
             )  # fmt: skip
-    if size.programs == 1:
+    if chosen.programs == 1:
         return DecodeError(sse_SN[0], r_ND, dot_SNK[0])
     return DecodeError(sse_SN.sum(0), r_ND, dot_SNK.sum(0))

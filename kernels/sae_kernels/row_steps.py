@@ -172,14 +172,15 @@ def adam_rows_(
         raise ValueError(f"want biases [F], [{rows}]; got {tuple(tiles.bias_F.shape)}, {tuple(tiles.bias_P.shape)}")
     if not len(W_FD):
         return
-    size = blocks(W_FD.shape[1])
+    size, found = blocks(W_FD.shape[1]), launch.tuned("adam_rows", W_FD)
     bias_F, bias_P = (W_FD, W_FD) if tiles is None else (tiles.bias_F, tiles.bias_P)
     with torch.cuda.device_of(W_FD):
         _adam_kernel[(len(W_FD),)](
             grad_FD, W_FD, mean_FD, square_FD, copy_PD, bias_F, bias_P, W_FD.shape[1],
             1 if tiles is None else tiles.n, 1 if tiles is None else tiles.size,
             rate / (1 - betas[0] ** step), 1 - betas[0], betas[1], 1 - betas[1], (1 - betas[1] ** step) ** -0.5, eps,
-            CHANNELS=size.channels, UNIT=unit, TILED=tiles is not None, num_warps=size.warps,
+            CHANNELS=size.channels, UNIT=unit, TILED=tiles is not None,
+            num_warps=size.warps if found is None else found["warps"],
         )  # fmt: skip
 
 

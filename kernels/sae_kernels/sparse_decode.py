@@ -59,11 +59,11 @@ def _decode(values: Tensor, indices: Tensor, offsets_N1: Tensor | None, W_FD: Te
     out_ND = torch.empty(n_tokens, width, dtype=W_FD.dtype, device=W_FD.device)
     if n_tokens == 0:
         return out_ND
-    size = launch.blocks(width)
+    size = launch.gather("decode", W_FD)
     with torch.cuda.device_of(W_FD):
         _decode_kernel[(n_tokens, size.programs)](
             values, indices, indices if offsets_N1 is None else offsets_N1, W_FD, out_ND, n_slots, len(W_FD), width,
-            ROWS=launch.ROWS, CHANNELS=size.channels, RAGGED=offsets_N1 is not None, num_warps=size.warps,
+            ROWS=size.rows, CHANNELS=size.channels, RAGGED=offsets_N1 is not None, num_warps=size.warps,
         )  # fmt: skip
     return out_ND
 

@@ -73,14 +73,14 @@ def entry_values_gradient(grad_ND: Tensor, indices_E: Tensor, tokens_E: Tensor, 
 
 def _launch(grad_ND: Tensor, indices_NK: Tensor, tokens_E: Tensor | None, W_FD: Tensor, out: Tensor) -> None:
     (n_rows, n_slots), (n_latents, width) = indices_NK.shape, W_FD.shape
-    size = launch.blocks(width)
+    size = launch.gather("decode_values", W_FD)
     ragged = tokens_E is not None
     # Blocks of slots come first where there are many: the other axes of a grid end at 65,535.
-    blocks = launch.cdiv(n_slots, launch.ROWS)
+    blocks = launch.cdiv(n_slots, size.rows)
     with torch.cuda.device_of(W_FD):
         _values_kernel[(blocks, 1) if ragged else (n_rows, blocks)](
             grad_ND, indices_NK, indices_NK if tokens_E is None else tokens_E, W_FD, out, n_slots, n_latents, width,
-            ROWS=launch.ROWS, CHANNELS=size.channels, RAGGED=ragged, num_warps=size.warps,
+            ROWS=size.rows, CHANNELS=size.channels, RAGGED=ragged, num_warps=size.warps,
         )  # fmt: skip
 
 

@@ -297,7 +297,7 @@ def _entries(u_nD: Tensor, W_FD: Tensor, b_F: Tensor, bar_F: Tensor, words_nW: T
 
 @torch.no_grad()
 def encode_threshold(
-    u_ND: Tensor, W_FD: Tensor, b_F: Tensor, bar_F: Tensor, path: str = "auto", fused: Fused = FUSED
+    u_ND: Tensor, W_FD: Tensor, b_F: Tensor, bar_F: Tensor, path: str = "auto", fused: Fused | None = None
 ) -> Sparse:
     """Entries of ``u W_enc + b_enc`` that are not at or below ``bar_F[latent]``, NaN included. No gradient.
 
@@ -315,6 +315,9 @@ def encode_threshold(
         raise ValueError(f"path A wants 16-bit rows of a multiple of 16 bytes; got u {tuple(u_ND.shape)} {u_ND.dtype}")
     use_a = path == "A" or (path == "auto" and takes_bulk(u_ND) and W_FD.data_ptr() % 16 == 0)
     n_latents = len(W_FD)
+    if fused is None:
+        found = launch.tuned("threshold_bulk", u_ND, n_latents) if use_a else None
+        fused = FUSED if found is None else FUSED._replace(**found)
     padding = (0, -n_latents % fused.latents)
     b_P, bar_P = (torch.nn.functional.pad(t, padding) for t in (b_F, bar_F))
     n_words = len(b_P) // WORD

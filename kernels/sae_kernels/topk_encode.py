@@ -32,7 +32,8 @@ CANDIDATE_BYTES = 256 * 2**20
 BLOCK_ROWS, BLOCK_LATENTS = 1_024, 16_384
 """A block of path B, 67 MB of float32: 3 to 6 % faster on an H200 than half of it, which its L2 cache would hold."""
 FUSED_MAX_WIDTH = 4_096
-"""Largest D for which path A was measured faster than B (:data:`BULK` on an H200, results/kernels.csv)."""
+"""Largest D for which path A was measured faster than B (:data:`BULK` on an H200, results/kernels.csv); the device's
+table of launch settings may say otherwise (:func:`launch.tuned`)."""
 
 
 class Fused(NamedTuple):
@@ -89,20 +90,30 @@ def takes_bulk(u_ND: Tensor) -> bool:
     return torch.cuda.get_device_capability(u_ND.device) >= (9, 0)
 
 
-def _settings(u_ND: Tensor) -> Fused:
+def _settings(u_ND: Tensor, n_latents: int, k: int) -> Fused:
     if not takes_bulk(u_ND):
-        return FUSED[u_ND.element_size()]
-    n_sms = torch.cuda.get_device_properties(u_ND.device).multi_processor_count
-    return BULK._replace(programs=BULK.programs * n_sms)
+        found = launch.tuned("topk_pointers", u_ND, n_latents, k)
+        return FUSED[u_ND.element_size()] if found is None else Fused(**found)
+    found = launch.tuned("topk_bulk", u_ND, n_latents, k)
+    if found is not None:
+        return _whole_device(Fused(**found, bulk=True), u_ND.device)
+    return _whole_device(BULK, u_ND.device)
+
+
+def _whole_device(fused: Fused, device: torch.device) -> Fused:
+    """``programs`` per SM to programs in all."""
+    n_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return fused._replace(programs=fused.programs * n_sms)
 
 
 def plan(
     n_latents: int, width: int, k: int, bn: int = TILE, exact: bool = False, path: str = "auto", R: int | None = None,
-    bulk: bool = False,
+    bulk: bool = False, tuned: str | None = None,
 ) -> Plan:  # fmt: skip
     """Path, R and the reason for an encoder of F latents and D channels. ``ValueError`` for values that cannot be.
 
     ``bulk``: what :func:`takes_bulk` says of the operands; without it path A was not measured to be faster.
+    ``tuned``: the path, A or B, that the device's table of launch settings names.
     """
     if not 1 <= k <= n_latents:
         raise ValueError(f"k must lie in 1..{n_latents}, got {k}")
@@ -119,6 +130,8 @@ def plan(
         return Plan("C", r, reason)
     if path != "auto":
         return Plan(path, r, "asked for")
+    if tuned is not None:
+        return Plan(tuned, r, f"measured faster on this device for D up to {launch.power_of_2(width)}")
     if bulk and width <= FUSED_MAX_WIDTH:
         return Plan("A", r, f"the fused encoder was measured faster at D = {width}")
     return Plan("B", r, f"{n_tiles} tiles of {r} candidates, product by cuBLAS in blocks")
@@ -230,8 +243,10 @@ def _product(u_nD: Tensor, W_PD: Tensor, out_nP: Tensor) -> None:
 
 
 def _candidates_blocks(u_nD: Tensor, prepared: PreparedEncoder, r: int, out_nC: Tensor) -> None:
-    tiles = max(1, BLOCK_LATENTS // prepared.tile)
-    rows, bn = min(BLOCK_ROWS, len(u_nD)), prepared.tile
+    found = launch.tuned("topk_blocks", u_nD)
+    block_rows, block_latents = (BLOCK_ROWS, BLOCK_LATENTS) if found is None else (found["rows"], found["latents"])
+    tiles = max(1, block_latents // prepared.tile)
+    rows, bn = min(block_rows, len(u_nD)), prepared.tile
     buffer = torch.empty(rows * min(tiles, prepared.n_tiles) * bn, dtype=torch.float32, device=u_nD.device)
     for tile in range(0, prepared.n_tiles, tiles):
         part = slice(tile * bn, min(tile + tiles, prepared.n_tiles) * bn)
@@ -309,7 +324,12 @@ def encode_topk(
     error = refusal(u_ND, prepared, k)
     if error is not None:
         raise error
-    chosen = plan(prepared.n_latents, u_ND.shape[1], k, prepared.tile, exact, path, R, takes_bulk(u_ND))
+    sizes = (prepared.n_latents, k)
+    bulk = takes_bulk(u_ND)
+    best = launch.tuned("topk_path_bulk" if bulk else "topk_path_pointers", u_ND, *sizes)
+    chosen = plan(
+        prepared.n_latents, u_ND.shape[1], k, prepared.tile, exact, path, R, bulk, best["path"] if best else None
+    )
     n_tokens, device = len(u_ND), u_ND.device
     values_NK = torch.empty(n_tokens, k, dtype=torch.float32, device=device)
     indices_NK = torch.empty(n_tokens, k, dtype=torch.int32, device=device)
@@ -327,7 +347,7 @@ def encode_topk(
             u_nD = u_ND[part]
             out_nC = candidates_nC[: len(u_nD)]
             if chosen.path == "A":
-                _candidates_fused(u_nD, prepared, chosen.candidates, fused or _settings(u_nD), out_nC)
+                _candidates_fused(u_nD, prepared, chosen.candidates, fused or _settings(u_nD, *sizes), out_nC)
             else:
                 _candidates_blocks(u_nD, prepared, chosen.candidates, out_nC)
             topk_select.select_rows(

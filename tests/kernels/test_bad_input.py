@@ -26,7 +26,9 @@ ENCODERS: dict[str, Encoder] = {
     "relu": ops.encode_relu,
     "threshold": lambda n, p, W, b, impl: ops.encode_threshold(n, p, W, b, torch.zeros(len(W), device=DEVICE), impl),
     "dense": lambda n, p, W, b, _: ops.encode_dense(n, p, W, b),
-    "batchtopk": lambda n, p, W, b, _: ops_above.encode_batchtopk(n, p, W, b, 2),
+    "batchtopk": lambda n, p, W, b, impl: ops_above.encode_batchtopk(n, p, W, b, 2, impl=impl),
+    "jump": lambda n, p, W, b, impl: ops_above.encode_jump(n, p, W, b, torch.full_like(b, 0.3), 0.2, impl),
+    "above": lambda n, p, W, b, impl: ops_above.encode_above(n, p, W, b, torch.full_like(b, 0.3), impl),
 }
 both = pytest.mark.parametrize("impl", ["torch", "triton"])
 
@@ -61,7 +63,7 @@ def flat(code: object) -> list[torch.Tensor]:
     """Tensors of a code in an order that does not depend on that of slots."""
     if isinstance(code, ops.SparseLatents):
         return [ops.to_dense(code, 16)]
-    if isinstance(code, ops_above.BatchCode):
+    if isinstance(code, ops_above.BatchCode | ops_above.JumpCode):
         return list(code.entries)
     return [code] if isinstance(code, torch.Tensor) else list(code)  # type: ignore[call-overload]
 
@@ -156,6 +158,11 @@ def test_names_of_implementations() -> None:
         lambda: ops.encode_relu(N_ND, None, W_FD, B_F, "cuda"),  # type: ignore[arg-type]
         lambda: ops.sparse_decode(VALUES, INDICES, DEC_FD, "cuda"),  # type: ignore[arg-type]
         lambda: ops.decode_entries(ENTRIES, DEC_FD, "cuda"),  # type: ignore[arg-type]
+        lambda: ops_above.encode_batchtopk(N_ND, None, W_FD, B_F, 2, impl="cuda"),  # type: ignore[arg-type]
+        lambda: ops_above.encode_jump(N_ND, None, W_FD, B_F, B_F, 0.1, "cuda"),  # type: ignore[arg-type]
+        lambda: ops_fused.decode_error(VALUES, INDICES, DEC_FD, B_D, N_ND, "cuda"),  # type: ignore[arg-type]
+        lambda: ops_fused.project_gradient_(DEC_FD, DEC_FD, "cuda"),  # type: ignore[arg-type]
+        lambda: ops_fused.unit_rows_(DEC_FD, impl="cuda"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match="auto, torch, triton.*'cuda'"):
             call()

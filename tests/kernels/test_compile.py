@@ -10,7 +10,7 @@ from no_driver import compile_without_driver
 
 pytest.importorskip("triton.backends.nvidia")
 PROGRAM = '''
-import pathlib, subprocess, sys, tempfile
+import pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
@@ -42,12 +42,14 @@ for kernel in KERNELS:
         name = f"{kernel.__name__} {element} sm_{capability} D={width} ragged={ragged}"
         assert ".v4.b32" in made.asm["ptx"], f"{name}: no 16-byte access"
         assert made.metadata.shared <= 49152, f"{name}: {made.metadata.shared} B of shared memory"
+        registers = "?"
         if TOOL.exists():
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                 file.write(made.asm["cubin"]); file.flush()
                 text = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
             assert "STACK:0 " in text, f"{name}: spills: {text}"
-        print("compiled", name)
+            registers = re.search(r"REG:(\\d+)", text)[1]
+        print("compiled", name, registers, "registers, no spills")
 '''
 
 

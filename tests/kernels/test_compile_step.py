@@ -79,7 +79,9 @@ for name, made in kernels.values():
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"]); file.flush()
         text = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    assert int(re.search(r"STACK:(\\d+)", text)[1]) == 0, f"{name}: spills: {text}"
+    registers, stack = (int(re.search(what + r":(\\d+)", text)[1]) for what in ("REG", "STACK"))
+    assert stack == 0, f"{name}: spills: {text}"
+    print("compiled", name, "sm_90", registers, "registers, no spills,", made.metadata.shared, "B shared")
 print(len(kernels), "kernels", sorted(names))
 assert {"_decode_error_kernel", "_segments_kernel", "_combine_kernel", "_columns_kernel", "_project_kernel",
         "_renorm_kernel", "_adam_kernel"} <= names, names

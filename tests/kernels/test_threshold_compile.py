@@ -44,7 +44,7 @@ def compiled(kernel, constants, capability, types=(), **options):
     name = f"{kernel.__name__} sm_{capability} {constants}"
     assert stack == 0, f"{name}: {stack} B of spills"
     code = re.findall(r"^\\s+/\\*[0-9a-f]{4,}\\*/\\s+(.*?);", listing, flags=re.M)
-    print("compiled", name, registers, len(code))
+    print("compiled", name, registers, "registers, no spills,", len(code), "instructions")
     return made, registers, code
 
 size = te.FUSED

@@ -12,15 +12,32 @@ def run_without_driver(program: str) -> None:
     _output(["-c", program], {"CUDA_VISIBLE_DEVICES": ""}, seconds=120)
 
 
+OTHER_TRITON = "SAESCOPE_TRITON"
+"""Variable that names a folder with another version of Triton, to compile with that (``.ci/run``: the one that torch
+2.11 brings)."""
+WHICH = """
+import os, sys, triton
+wanted = os.environ.get("SAESCOPE_TRITON")
+assert not wanted or triton.__file__.startswith(os.path.abspath(wanted) + os.sep), triton.__file__
+print("Triton", triton.__version__)
+"""
+
+
 def compile_without_driver(program: str, folder: Path) -> str:
-    """What a program prints that compiles kernels afresh, with ``folder`` as Triton's cache; errors as above."""
+    """What a program prints that compiles kernels afresh, with ``folder`` as Triton's cache; errors as above.
+
+    ``pytest -rP`` shows it: registers, spills and instructions of each kernel.
+    """
     file = folder / "compile_kernels.py"
-    file.write_text(program)
-    return _output([str(file)], {"TRITON_CACHE_DIR": str(folder)}, seconds=280)
+    file.write_text(WHICH + program)
+    printed = _output([str(file)], {"TRITON_CACHE_DIR": str(folder)}, seconds=280)
+    print(printed)
+    return printed
 
 
 def _output(arguments: list[str], variables: dict[str, str], seconds: int) -> str:
-    paths = os.pathsep.join(p for p in sys.path if p)
+    other = os.environ.get(OTHER_TRITON)
+    paths = os.pathsep.join(([os.path.abspath(other)] if other else []) + [p for p in sys.path if p])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths} | variables
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=seconds
