@@ -9,7 +9,7 @@ Shapes: S slots, D channels; a block is what the producer hands over at once.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,7 +231,7 @@ class Feed:
 
 def batches(
     feed: Feed, batch_tokens: int, *, seed: int, first: int, last: int, tick: Tick | None = None
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches ``first`` to ``last`` (excluded) of a feed whose blocks begin with the window that holds ``first``.
 
     The window must be a whole number of batches. Ends early where the blocks do.

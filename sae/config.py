@@ -136,11 +136,14 @@ class StreamConfig:
     """live: tokens that are shuffled together (less where the text has less); at least four batches."""
     prefetch: Literal["auto", "on", "off"] = "auto"
     """live: run the model in a thread of its own; auto: on a GPU and with more than four cores. No result changes."""
+    batch_rows: int = 8
+    """Rows of text in one pass of the model: a GPU wants 64 and more. With live it fixes what is shuffled as one."""
     disk_gb: float | None = None
     """disk: the activations may take so much; a run that needs more is refused before it begins."""
 
     def __post_init__(self) -> None:
         require(self.buffer_tokens >= 1, f"buffer_tokens must be positive, got {self.buffer_tokens}")
+        require(self.batch_rows >= 1, f"batch_rows must be positive, got {self.batch_rows}")
         require(self.disk_gb is None or self.disk_gb > 0, f"disk_gb must be positive, got {self.disk_gb}")
 
 

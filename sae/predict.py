@@ -205,13 +205,15 @@ class LmTime(NamedTuple):
 
 
 @torch.no_grad()
-def time_lm(lm: LanguageModel, hookpoints: Sequence[str], rows_BL: np.ndarray) -> LmTime:
+def time_lm(
+    lm: LanguageModel, hookpoints: Sequence[str], rows_BL: np.ndarray, batch_rows: int = BATCH_ROWS
+) -> LmTime:
     """Median over some batches of the rows of a token set, after one that warms up."""
     reset_peak()
     seconds, kept = [], []
     for i in range(WARM_BATCHES + 1):
-        start = (i * BATCH_ROWS) % max(1, len(rows_BL) - BATCH_ROWS + 1)
-        ids = torch.from_numpy(rows_BL[start : start + BATCH_ROWS].astype(np.int64)).to(lm.device)
+        start = (i * batch_rows) % max(1, len(rows_BL) - batch_rows + 1)
+        ids = torch.from_numpy(rows_BL[start : start + batch_rows].astype(np.int64)).to(lm.device)
         begun = time.perf_counter()
         captured = lm.capture(ids, hookpoints)
         found = [captured[h].float()[:, 1:].flatten(0, 1).cpu() for h in hookpoints]  # position 0 never passes

@@ -66,8 +66,8 @@ def training_line(stream: LiveStream, timed: StreamTime, jobs: Sequence[Job], tr
     line = predict.training_line(cfgs, trial, stream.memory_bytes(batch))
     steps = max(cfg.train_tokens // batch for cfg in cfgs)
     tokens = -(-steps * batch // window) * window
-    chunk = stream.tokens.L * stream.batch_rows
-    buffer = f"buffer {window:,} tokens = {window // chunk:,} chunks of {chunk:,} = {window // batch} batches"
+    context = stream.tokens.L
+    buffer = f"buffer {window:,} tokens = {window // context:,} contexts of {context} = {window // batch} batches"
     size = window * sum(stream.widths) * stream.dtype.itemsize
     passes = f"{tokens:,} tokens through the model at {1 / timed.seconds_per_token:,.0f}/s"
     hooks = f" for {len(stream.hookpoints)} hookpoints in one pass" if len(stream.hookpoints) > 1 else ""

@@ -6,7 +6,7 @@ per pass (decision 015). Shapes: N flat tokens, flat index n = row * L + positio
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,12 +193,13 @@ class LiveStream:
             if token >= last:
                 return
             x_nD, norms, flat_n = self.chunk(number)
-            block = Block([], [])
+            flats = [flat_n] * len(limits)
             for i, limit in enumerate(limits):
                 picks_n = self._substituted(number, norms[i] > limit)
-                block.x_ND.append(x_nD[i] if picks_n is None else x_nD[i][torch.from_numpy(picks_n).to(x_nD[i].device)])
-                block.flat_N.append(flat_n if picks_n is None else flat_n[picks_n])
-            block = block.cut(skip, skip + last - token)
+                if picks_n is not None:
+                    x_nD[i] = x_nD[i].index_select(0, torch.from_numpy(picks_n).to(x_nD[i].device))
+                    flats[i] = flat_n[picks_n]
+            block = Block(x_nD, flats).cut(skip, skip + last - token)
             token += len(block)
             yield block
 
@@ -218,7 +219,7 @@ class LiveStream:
 
     def batches(
         self, batch_tokens: int, *, seed: int, first: int, last: int, tick: Tick | None = None
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches ``first`` to ``last`` (excluded), each with its part at every hookpoint."""
         window = self.window(batch_tokens)
         begin = first // (window // batch_tokens) * window
@@ -341,7 +342,7 @@ class LiveStore:
 
 def together(
     stores: Sequence["Store"], batch_tokens: int, *, seed: int, first: int, last: int, tick: Tick | None = None
-) -> Iterator[list[tuple[Tensor, Any]]]:
+) -> Generator[list[tuple[Tensor, Any]], None, None]:
     """Batches ``first`` to ``last`` (excluded) of all stores, one of each at a time. Hookpoints of one
     :class:`LiveStream` share its passes; ``tick``: called while its buffer fills, with the share that is there."""
     streams = {id(store.stream): store.stream for store in stores if isinstance(store, LiveStore)}

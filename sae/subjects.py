@@ -87,7 +87,7 @@ def subject(cfg: "TrainDoor") -> Subject:
     sets = build_tokens(cfg.root, replace(cfg.tokens, text=cfg.texts), lm.name, lm.tokenizer, force=cfg.force)
     tokens, paired = sets["train"], cfg.hookpoint_out is not None
     if cfg.stream.source == "live":
-        live = LiveStream(lm, tokens, hookpoints, cfg.filter, cfg.stream)
+        live = LiveStream(lm, tokens, hookpoints, cfg.filter, cfg.stream, cfg.stream.batch_rows)
         return Subject(live.stores, lm, hookpoints, widths, tokens, paired)
     reused = (None if cfg.force else stored_activations(cfg.root, lm, tokens, h, cfg.filter) for h in hookpoints)
     return Subject(tuple(reused), lm, hookpoints, widths, tokens, paired)
@@ -107,7 +107,10 @@ def collect_all(cfg: "TrainDoor", found: Subject) -> "list[Source]":
         return [source for source in found.sources if source is not None]
     lm = found.lm
     assert lm is not None
-    stores = capture_many(cfg.root, lm, found.tokens, found.hookpoints, filter_cfg=cfg.filter, force=cfg.force)
+    stores = capture_many(
+        cfg.root, lm, found.tokens, found.hookpoints, filter_cfg=cfg.filter, batch_rows=cfg.stream.batch_rows,
+        force=cfg.force,
+    )  # fmt: skip
     return [source for source in found._replace(stores=stores).sources if source is not None]
 
 

@@ -216,7 +216,7 @@ def run(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list[Pat
     live = cfg.stream.source == "live"
     if live:
         stream = train_plan.live_stream(cfg, cfgs, found)
-        sources = [] if stream is None else list(stream.stores)
+        sources: list[Any] = [] if stream is None else list(stream.stores)
     else:
         sources = collect_all(cfg, found)
         found = found._replace(stores=tuple(stored for source in sources for stored in _stores(source)))

@@ -93,7 +93,8 @@ def _predict_disk(
     lines, samples = [], {}
     if absent:
         assert found.lm is not None
-        timed = small.time_lm(found.lm, [found.hookpoints[i] for i in absent], found.tokens.tokens_BL)
+        names = [found.hookpoints[i] for i in absent]
+        timed = small.time_lm(found.lm, names, found.tokens.tokens_BL, cfg.stream.batch_rows)
         kept = len(expected_kept(found, cfg.filter, 0))
         for i, x_ND in zip(absent, timed.x_ND, strict=True):
             samples[i] = x_ND

@@ -1,0 +1,385 @@
+"""Activations on the fly: the order, the values, the filter; interrupted in every way, with and without a thread."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from live_killable import BATCHTOPK, HOOKPOINTS, TOPK, meta, stream, train
+
+from sae import checkpoint, resume
+from sae.activations import KEPT, capture_many
+from sae.buffer import window_order
+from sae.config import FilterConfig, StreamConfig, TokensConfig, TrainConfig
+from sae.errors import ArtefactError, ConfigError, DataError
+from sae.language_model import LanguageModel
+from sae.manifest import is_complete
+from sae.metric_log import read_log
+from sae.streams import LiveStream, Order, together
+from sae.tokens import TokenSet, build_tokens
+from sae.train import Job, sae_id_of, train_jobs, train_key, train_many
+from sae.train_run import run_folder
+
+SUPPORT = Path(__file__).resolve().parent.parent / "support"
+SEED = 0
+BATCH = 64
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, tiny_lm: LanguageModel, tiny_texts: Path) -> TokenSet:
+    """50 rows of 32: 12 chunks of 4 rows and one of 2."""
+    cfg = TokensConfig(
+        text=str(tiny_texts), context_tokens=32, train_tokens=32 * 50, explain_tokens=64, calibrate_tokens=64,
+        score_tokens=64, test_tokens=64,
+    )  # fmt: skip
+    return build_tokens(tmp_path_factory.mktemp("tokens"), cfg, tiny_lm.name, tiny_lm.tokenizer)["train"]
+
+
+def flats(live: LiveStream, n: int, number: int = 0, first: int = 0) -> np.ndarray:
+    return np.concatenate([parts[number][1] for parts in live.batches(BATCH, seed=SEED, first=first, last=n)])
+
+
+# -- order and values -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prefetch", ["off", "on"])
+def test_the_order_is_that_of_one_thread_and_the_values_those_of_the_disk(
+    prefetch: str, tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path
+) -> None:
+    """Without the norm rule: chunks permuted per pass, tokens in line, cut into windows, each permuted."""
+    cfg = StreamConfig(source="live", buffer_tokens=512, prefetch=prefetch)  # type: ignore[arg-type]
+    live = LiveStream(tiny_lm, tokens, HOOKPOINTS, FilterConfig(norm_multiple=None), cfg, batch_rows=4)
+    stores = capture_many(tmp_path, tiny_lm, tokens, HOOKPOINTS, filter_cfg=live.filter_cfg, batch_rows=4)
+    kept, order, line = set(stores[0].kept_N.tolist()), Order(live.counts_C, SEED), []
+    for number in range(3):
+        for chunk in order.chunks(number):
+            line += [n for n in range(chunk * 4 * 32, min((chunk + 1) * 4 * 32, tokens.n_tokens)) if n in kept]
+    assert len(line) == 3 * live.n_kept == 3 * len(kept)
+    found = list(live.batches(BATCH, seed=SEED, first=0, last=len(line) // 512 * 8))
+    for i, parts in enumerate(found):
+        window, at = divmod(i * BATCH, 512)
+        wanted = np.array(line)[window * 512 + window_order(SEED, window, 512)[at : at + BATCH]]
+        for (x_ND, flat), store in zip(parts, stores, strict=True):
+            assert np.array_equal(flat, wanted)
+            assert torch.equal(x_ND, store.read(flat)), "bit for bit what the disk store holds"
+
+
+def test_a_window_is_mixed(tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    """Neighbours share a row no more often than two tokens of their window do, and within a window the correlation of
+    neighbouring row numbers is that of chance; in line nearly all neighbours share a row."""
+    live = stream(tiny_lm, tokens)
+    window = live.window(BATCH)
+    windows = np.split(flats(live, 8 * window // BATCH) // 32, 8)
+    same = float(np.mean([rows[:-1] == rows[1:] for rows in windows]))
+    shares = [np.bincount(rows, minlength=50) / window for rows in windows]
+    expected = float(np.mean([share @ share for share in shares]))
+    assert abs(same - expected) < 4 * (expected / (8 * window)) ** 0.5 and expected < 0.05
+    lag = [float(np.corrcoef(rows[:-1], rows[1:])[0, 1]) for rows in windows]
+    assert abs(np.mean(lag)) < 4 / (8 * window) ** 0.5
+    in_line = np.flatnonzero(live.codes_N == KEPT) // 32
+    assert (in_line[:-1] == in_line[1:]).mean() > 0.9
+
+
+def test_every_token_comes_once_a_pass(tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    cfg = StreamConfig(source="live", buffer_tokens=4 * BATCH, prefetch="off")
+    live = LiveStream(tiny_lm, tokens, HOOKPOINTS[:1], FilterConfig(norm_multiple=None), cfg, batch_rows=4)
+    n_batches = 4 * (5 * live.n_kept // (4 * BATCH))
+    counts = np.bincount(flats(live, n_batches), minlength=tokens.n_tokens)
+    dropped = np.flatnonzero(counts == 0)
+    assert np.array_equal(dropped, np.flatnonzero(live.codes_N)) and counts.max() == 5
+    assert set(counts[counts > 0]) <= {4, 5}, "the last pass is cut off, none before"
+    first = flats(live, live.n_kept // BATCH)
+    assert len(np.unique(first)) > 0.95 * len(first)
+
+
+def test_a_token_over_the_limit_gives_its_place_to_another(tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    plain = LiveStream(
+        tiny_lm, tokens, HOOKPOINTS, FilterConfig(norm_multiple=None), StreamConfig(source="live", buffer_tokens=1_024),
+        batch_rows=4,
+    )  # fmt: skip
+    strict = stream(tiny_lm, tokens)
+    whole = tiny_lm.capture(torch.from_numpy(np.asarray(tokens.tokens_BL).astype(np.int64)), HOOKPOINTS)
+    for i, store in enumerate(strict.stores):
+        norms = whole[store.hookpoint].reshape(tokens.n_tokens, -1).norm(dim=1).numpy()
+        over = norms > store.norm_limit * (1 + 1e-5)
+        every, found = flats(plain, 16, i), flats(strict, 16, i)
+        assert over[every].mean() > 0.01 and not over[found].any()
+        moved = every != found
+        assert (norms[every[moved]] > store.norm_limit * (1 - 1e-5)).all(), "all others stay where they were"
+        assert (every[moved] // 128 == found[moved] // 128).all(), "by one of its own chunk"
+        n_over = over[strict.codes_N == KEPT].sum()
+        assert store.n_dropped["norm"] == pytest.approx(n_over, abs=2) and n_over > 10
+
+
+@pytest.mark.parametrize("first", [1, 15, 16, 17, 90])
+def test_a_stream_may_begin_anywhere(first: int, tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    whole = list(stream(tiny_lm, tokens).batches(BATCH, seed=SEED, first=0, last=100))
+    fresh = list(stream(tiny_lm, tokens, prefetch="on").batches(BATCH, seed=SEED, first=first, last=100))
+    assert len(fresh) == 100 - first
+    for mine, theirs in zip(fresh, whole[first:], strict=True):
+        for (x_ND, flat), (y_ND, other) in zip(mine, theirs, strict=True):
+            assert torch.equal(x_ND, y_ND) and np.array_equal(flat, other)
+
+
+def test_a_hookpoint_does_not_depend_on_its_neighbours(tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    """A residual one takes the lean pass and an MLP the model's own, together or alone."""
+    names = ("layers.0", "layers.1.mlp", "layers.1", "layers.2.mlp:in")
+    both = stream(tiny_lm, tokens, names)
+    for i, name in enumerate(names):
+        alone = stream(tiny_lm, tokens, (name,))
+        assert alone.stores[0].key == both.stores[i].key
+        assert np.array_equal(alone.stores[0].kept_N, both.stores[i].kept_N)
+        for (mine,), theirs in zip(
+            alone.batches(BATCH, seed=SEED, first=0, last=20), both.batches(BATCH, seed=SEED, first=0, last=20),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(mine[0], theirs[i][0]) and np.array_equal(mine[1], theirs[i][1])
+
+
+def test_the_reading_side(tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path) -> None:
+    live = stream(tiny_lm, tokens)
+    stored = capture_many(tmp_path, tiny_lm, tokens, HOOKPOINTS, filter_cfg=live.filter_cfg, batch_rows=4)
+    for store, disk in zip(live.stores, stored, strict=True):
+        assert store.d_in == disk.d_in and store.n_dropped == disk.n_dropped and store.n_tokens == disk.n_tokens
+        assert np.array_equal(store.kept_N, disk.kept_N), "a text below 65,536 tokens is its own sample"
+        assert store.norm_median == pytest.approx(disk.norm_median)
+        asked = store.kept_N[[5, 2, 2, 900]]
+        assert torch.equal(store.read(asked), disk.read(asked))
+        with pytest.raises(ValueError, match="sample alone"):
+            store.read([0])
+        assert store.key != disk.key
+    assert live.stores[0].key != stream(tiny_lm, tokens, buffer_tokens=512).stores[0].key
+
+
+def test_batches_of_one_store_and_of_several(tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    live = stream(tiny_lm, tokens)
+    alone = list(live.stores[1].batches(BATCH, seed=SEED, epochs=1, first=3))
+    both = list(together(live.stores[::-1], BATCH, seed=SEED, first=3, last=live.n_kept // BATCH))
+    assert len(alone) == len(both) == live.n_kept // BATCH - 3
+    assert all(torch.equal(mine[0], parts[0][0]) for mine, parts in zip(alone, both, strict=True))
+
+
+def test_memory_is_what_was_stated(tiny_lm: LanguageModel, tokens: TokenSet) -> None:
+    live = stream(tiny_lm, tokens)
+    window, sample = live.window(BATCH), live.sample
+    held = sum(x_ND.numel() * x_ND.element_size() for x_ND in sample.x_ND) + window * sum(live.widths) * 2
+    indices = window * (24 + 8 * 2) + sample.flat_N.nbytes * 2
+    blocks = 2 * 4 * 32 * sum(live.widths) * 2
+    assert live.memory_bytes(BATCH) == pytest.approx(held + indices + blocks, rel=0.01)
+    assert window == 1_024 and live.window(100) == 1_000
+    small = replace(live, cfg=StreamConfig(source="live", buffer_tokens=10**6))
+    assert small.window(BATCH) == live.n_kept // BATCH * BATCH, "no more than the text has"
+
+
+# -- the SAEs ---------------------------------------------------------------------------------------------------------
+def contents(folder: Path) -> list[Any]:
+    clock = ("seconds", "tokens_per_s")
+    rows = [{k: v for k, v in row.items() if k not in clock} for row in read_log(folder / "train.jsonl")]
+    return [*((folder / n).read_bytes() for n in (checkpoint.WEIGHTS, checkpoint.CFG, checkpoint.REFERENCE)), rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_lm: LanguageModel, tokens: TokenSet) -> list[list[Any]]:
+    """Two SAEs at each of two hookpoints, trained in one pass without a break."""
+    return [contents(f) for f in train(tmp_path_factory.mktemp("whole"), stream(tiny_lm, tokens))]
+
+
+def test_one_pass_gives_the_saes_of_two_runs(
+    whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path
+) -> None:
+    found = []
+    for hookpoint in HOOKPOINTS:
+        found += train(tmp_path, stream(tiny_lm, tokens, (hookpoint,), prefetch="on"))
+    assert [contents(folder) for folder in found] == whole
+    assert len({folder.name for folder in found}) == 4
+
+
+def calling(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[Any], Any]) -> None:
+    """``act`` on what the model gives in its ``at``-th pass from now on."""
+    calls, real = [0], lm.capture
+
+    def capture(*args: Any) -> Any:
+        calls[0] += 1
+        found = real(*args)
+        return act(found) if calls[0] == at else found
+
+    monkeypatch.setattr(lm, "capture", capture)
+
+
+SAMPLE_PASSES = 13
+
+
+@pytest.mark.parametrize("prefetch", ["off", "on"])
+def test_a_signal_saves_and_the_rest_is_bit_for_bit(
+    prefetch: str, whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the middle of a window; what goes on has no thread where the first had one, and the other way round."""
+    calling(tiny_lm, monkeypatch, SAMPLE_PASSES + 20, lambda found: os.kill(os.getpid(), signal.SIGTERM) or found)
+    with pytest.raises(resume.TrainingInterrupted, match="saved after step"):
+        train(tmp_path, stream(tiny_lm, tokens, prefetch=prefetch))
+    monkeypatch.undo()
+    steps = sorted(tmp_path.glob("saes/*.run/step-*"))
+    assert len(steps) == 4 and len({path.name for path in steps}) == 1
+    other = {"off": "on", "on": "off"}[prefetch]
+    assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens, prefetch=other))] == whole
+
+
+def test_a_signal_while_the_buffer_fills(
+    whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calling(tiny_lm, monkeypatch, SAMPLE_PASSES + 2, lambda found: os.kill(os.getpid(), signal.SIGTERM) or found)
+    with pytest.raises(resume.TrainingInterrupted, match="filling its buffer"):
+        train(tmp_path, stream(tiny_lm, tokens))
+    monkeypatch.undo()
+    assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens))] == whole
+
+
+def test_hookpoints_that_stopped_at_different_steps(
+    whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hookpoint, at in zip(HOOKPOINTS, (17, 22), strict=True):
+        calling(tiny_lm, monkeypatch, SAMPLE_PASSES + at, lambda found: os.kill(os.getpid(), signal.SIGTERM) or found)
+        with pytest.raises(resume.TrainingInterrupted):
+            train(tmp_path, stream(tiny_lm, tokens, (hookpoint,)))
+        monkeypatch.undo()
+    assert len({path.name for path in tmp_path.glob("saes/*.run/step-*")}) == 2
+    assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens))] == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", ["off", "on"])
+def test_a_killed_process_loses_nothing(
+    prefetch: str, whole: list[list[Any]], tiny_lm: LanguageModel, tiny_lm_dir: Path, tokens: TokenSet, tmp_path: Path
+) -> None:
+    """SIGKILL three times while every step is saved, then a run to the end."""
+    command = [sys.executable, str(SUPPORT / "live_killable.py"), str(tmp_path), str(tiny_lm_dir), str(tokens.folder)]
+    paths = f"{SUPPORT}:{SUPPORT.parent.parent}:{SUPPORT.parent.parent / 'kernels'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    reached = [0]
+    for _ in range(3):
+        process = subprocess.Popen([*command, prefetch], env=environment, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 240
+        while newest(tmp_path) < reached[-1] + 5:
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached.append(newest(tmp_path))
+    assert reached[-1] < 60 and reached == sorted(reached)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens))] == whole
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def newest(root: Path) -> int:
+    found = [path.parent.name.removeprefix("step-") for path in root.glob("saes/*.run/step-*/manifest.json")]
+    return max((int(number) for number in found if number.isdigit()), default=0)
+
+
+# -- what cannot be trained ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prefetch", ["off", "on"])
+def test_values_that_are_not_finite_stop_it_and_saved_steps_stay(
+    prefetch: str, whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def broken(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found[HOOKPOINTS[1]] = found[HOOKPOINTS[1]].clone()
+        found[HOOKPOINTS[1]][1, 5, 3] = float("nan")
+        return found
+
+    calling(tiny_lm, monkeypatch, SAMPLE_PASSES + 26, broken)
+    with pytest.raises(DataError, match=rf"not finite at {HOOKPOINTS[1]} in row"):
+        train(tmp_path, stream(tiny_lm, tokens, prefetch=prefetch), resume.Keeper(every_steps=5))
+    monkeypatch.undo()
+    assert newest(tmp_path) >= 5
+    assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens))] == whole
+
+
+@pytest.mark.parametrize("prefetch", ["off", "on"])
+def test_an_error_of_the_model_keeps_its_type(
+    prefetch: str, tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fell(RuntimeError):
+        pass
+
+    def fall(_: Any) -> None:
+        raise Fell("out of memory on the device")
+
+    calling(tiny_lm, monkeypatch, SAMPLE_PASSES + 12, fall)
+    begun = time.monotonic()
+    with pytest.raises(Fell, match="on the device"):
+        train(tmp_path, stream(tiny_lm, tokens, prefetch=prefetch))
+    assert time.monotonic() - begun < 120, "it hung"
+
+
+def test_a_full_disk_leaves_the_last_good_step(
+    whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device /dev/full answers every write with ENOSPC, as a full disk does."""
+
+    def write(path: Path, found: dict[str, torch.Tensor], real: Any = resume._write_tensors) -> None:
+        real(Path("/dev/full") if path.parent.name.startswith("step-12.") else path, found)
+
+    monkeypatch.setattr(resume, "_write_tensors", write)
+    with pytest.raises(ArtefactError, match="disk is full"):
+        train(tmp_path, stream(tiny_lm, tokens, prefetch="on"), resume.Keeper(every_steps=6))
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.glob("saes/*.run/*")} == {"step-6", "train.jsonl"}
+    assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens))] == whole
+
+
+def test_too_little_text_and_too_small_a_buffer_are_refused_before_work(
+    tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveStream, "chunk", lambda *_: pytest.fail("the model was run"))
+    live = stream(tiny_lm, tokens, buffer_tokens=10**6)
+    wide = replace(TOPK, batch_tokens=2_048, train_tokens=4_096)
+    with pytest.raises(DataError, match="give more text"):
+        train_many(tmp_path, live.stores[0], [wide], meta(HOOKPOINTS[0]))
+    with pytest.raises(DataError, match="a batch is 2,048"):
+        live.window(2_048)
+    with pytest.raises(ConfigError, match="--stream.buffer-tokens 256"):
+        train_many(tmp_path, stream(tiny_lm, tokens, buffer_tokens=200).stores[0], [TOPK], meta(HOOKPOINTS[0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_that_do_not_go_together(tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path) -> None:
+    live = stream(tiny_lm, tokens)
+    jobs = [Job(store, [cfg], meta(store.hookpoint)) for store, cfg in zip(live.stores, (TOPK, TOPK), strict=True)]
+    other = replace(TOPK, batch_tokens=32)
+    with pytest.raises(ConfigError, match="same batch_tokens"):
+        train_jobs(tmp_path, [jobs[0], jobs[1]._replace(cfgs=[other])])
+    with pytest.raises(ConfigError, match="equal"):
+        train_jobs(tmp_path, [jobs[0], jobs[0]])
+    with pytest.raises(ConfigError, match="at least one"):
+        train_jobs(tmp_path, [])
+
+
+def test_one_hookpoint_is_complete_and_the_other_is_trained(
+    whole: list[list[Any]], tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path
+) -> None:
+    done = train(tmp_path, stream(tiny_lm, tokens, HOOKPOINTS[:1]))
+    stamp = (done[0] / "manifest.json").stat().st_mtime_ns
+    assert [contents(f) for f in train(tmp_path, stream(tiny_lm, tokens))] == whole
+    assert (done[0] / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_names_and_figures(tiny_lm: LanguageModel, tokens: TokenSet, tmp_path: Path) -> None:
+    live = stream(tiny_lm, tokens, HOOKPOINTS[:1])
+    (store,) = live.stores
+    cfg = TrainConfig(**{**BATCHTOPK.__dict__, "train_tokens": BATCH * 3})
+    (folder,) = train_many(tmp_path, store, [cfg], meta(store.hookpoint))
+    assert folder.name == sae_id_of(cfg, meta(store.hookpoint), train_key(cfg, store.key))
+    assert is_complete(folder) and not run_folder(folder).exists()
+    sae = checkpoint.load(folder)
+    assert sae.cfg.threshold_source is not None and sae.cfg.threshold_source["tokens"] > 1_000
