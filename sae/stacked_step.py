@@ -119,11 +119,12 @@ class Stack:
         leaf_E = found.values_E.detach().requires_grad_()
         with torch.enable_grad():  # for the gradient of a bag's weights, the fastest sampled product on a CPU
             bags_MD = ops._sum_entries(leaf_E, found.indices_E, found.offsets_M1, W_dec_GD)
-        y_SND = bags_MD.detach().view(n_saes, *n_ND.shape) + self._all("b_dec_D").view(n_saes, 1, -1)
-        residual_SND = n_ND - y_SND
+        y_SND = bags_MD.detach().view(n_saes, *n_ND.shape).add_(self._all("b_dec_D").view(n_saes, 1, -1))
+        logged = any(state.logged for state in self.states)  # else nobody reads y, and r takes its place
+        residual_SND = torch.sub(n_ND, y_SND, out=torch.empty_like(y_SND) if logged else y_SND)
         # d mse / d y = -2 r / (N v0), rounded as autograd does
         scale_S = torch.stack([torch.ones(()) / (max(n_tokens, 1) * state.v0) for state in self.states])
-        grad_SND = (scale_S[:, None, None] * (2.0 * residual_SND)).neg_()
+        grad_SND = residual_SND * (-2.0 * scale_S)[:, None, None]
         grad_MD = grad_SND.view(bags_MD.shape)
         (slots_E,) = torch.autograd.grad(bags_MD, leaf_E, grad_MD)
         slots_E = torch.where(found.values_E > 0, slots_E, 0.0)
