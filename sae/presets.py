@@ -90,7 +90,8 @@ PRESETS = (
         about="Gao et al. (arXiv 2406.04093): GPT-2 small, layer 8, context 64, 6.4 billion tokens; one GPU",
         model="gpt2", hookpoint="h.8", d_in=768, lm_parameters=9 * 12 * 768**2, device="cuda", dtype="bfloat16",
         tokens=TokensConfig(context_tokens=64, train_tokens=48_828 * 131_072),
-        stream=StreamConfig(source="live", buffer_tokens=2**21, batch_rows=256), train=_PAPER, accelerator=Accelerator(),
+        stream=StreamConfig(source="live", buffer_tokens=2**21, batch_rows=256), train=_PAPER,
+        accelerator=Accelerator(),
     ),
     Preset(
         name="gpt4-16m",

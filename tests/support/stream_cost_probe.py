@@ -22,14 +22,14 @@ def main(what: str, source: str) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        model = save_tiny_lm(root / "lm", layers=6, width=256)
-        texts = write_texts(root / "texts.jsonl", documents=4_000)
+        model = save_tiny_lm(root / "lm", layers=4, width=256)
+        texts = write_texts(root / "texts.jsonl", documents=2_500)
         words = (
-            f"--model={model} --texts={texts} --root={root / 'results'} --hookpoint=layers.2,layers.4 --dtype=float32 "
-            "--tokens.context-tokens=64 --tokens.train-tokens=131072 --tokens.explain-tokens=1024 "
+            f"--model={model} --texts={texts} --root={root / 'results'} --hookpoint=layers.1,layers.2 --dtype=float32 "
+            "--tokens.context-tokens=64 --tokens.train-tokens=65536 --tokens.explain-tokens=1024 "
             "--tokens.calibrate-tokens=1024 --tokens.score-tokens=1024 --tokens.test-tokens=1024 "
-            "--train.d-sae=2048 --train.k=16 --train.batch-tokens=1024 --train.train-tokens=65536 --train.aux-k=64 "
-            f"--stream.source={source} --stream.buffer-tokens=32768 --stream.prefetch=off"
+            "--train.d-sae=1536 --train.k=16 --train.batch-tokens=1024 --train.train-tokens=49152 --train.aux-k=64 "
+            f"--stream.source={source} --stream.buffer-tokens=16384 --stream.prefetch=off"
         ).split()
         cfg = train_door.parse([*words, "--grid", "architecture=topk,batchtopk"])
         cfgs = train_door.grid_configs(cfg.train, cfg.grid)
