@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,11 @@ def wanted(cfg: "TrainDoor") -> bool:
     return cfg.mesh is not None
 
 
-def main(cfg: "TrainDoor", cfgs: Sequence[TrainConfig]) -> int:
+Show = Callable[[Sequence[Path]], None]
+"""Prints the figures of finished SAEs."""
+
+
+def main(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], show: Show) -> int:
     """Exit status, the same on all ranks."""
     rank = int(os.environ.get("RANK", "0"))
     console.setup(cfg.verbose, rank=rank)
@@ -62,7 +66,7 @@ def main(cfg: "TrainDoor", cfgs: Sequence[TrainConfig]) -> int:
             with join(
                 shape, cfg.device, silent_s=limits.silent_s, timeout_s=limits.timeout_s, join_s=limits.join_s
             ) as team:
-                return _train(cfg, cfgs, team)
+                return _train(cfg, cfgs, team, show)
         except RankLost:  # it has been said
             sys.stdout.flush()
             os._exit(2)  # a process group that lost a member may wait for it at its own end
@@ -79,7 +83,7 @@ def _check_source(cfg: "TrainDoor") -> None:
         raise ConfigError("a mesh trains on stored activations: leave out --stream.source live, or --mesh")
 
 
-def _train(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], team: "Team") -> int:
+def _train(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], team: "Team", show: Show) -> int:
     """Hookpoint after hookpoint, batch size after batch size."""
     from sae.distributed import train_sharded
     from sae.mirror import to_wandb
@@ -99,9 +103,7 @@ def _train(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], team: "Team") -> int:
                 keeper=Keeper(every_s=cfg.save_every_s), mirror=mirror,
             )  # fmt: skip
     if team.first and folders:
-        from sae.train_door import print_results
-
-        print_results(folders)
+        show(folders)
         console.say(f"training took {(time.monotonic() - begun) / 60:.2f} minutes on {team.mesh.shape}")
     return 0
 

@@ -27,7 +27,8 @@ SILENT_S = 60.0
 """Silence after which a rank counts as lost where its process cannot be looked at."""
 GRACE_S = 5.0
 """Time that the main thread has to end by itself once a rank is lost."""
-LINGER_S = 1.5
+LINGER_S = 3.0
+"""Time that rank 0, which may keep the store, leaves the others to read from it whom to name."""
 POLL_S = 0.05
 EXIT_LOST = 2
 logger = logging.getLogger(__name__)
@@ -146,12 +147,10 @@ class Watch:
 
     def _without_store(self, error: RuntimeError) -> str:
         """Whom to name once the store is gone, which torchrun or rank 0 keeps."""
-        gone = [r for r in range(self.world) if r != self.rank and self._who[r].gone()]
-        if not gone:
-            keeper = f"torchrun or rank 0 ({self._who[0]})"
-            return f"the store of the process group, kept by {keeper}, does not answer ({str(error).splitlines()[0]})"
-        first = max(gone)  # rank 0 may have ended because of another
-        return f"rank {first} ({self._who[first]}) is gone" + (", and the store with rank 0" if 0 in gone else "")
+        if self.rank and self._who[0].gone():  # had another gone first, rank 0 would have let it be read (LINGER_S)
+            return f"rank 0 ({self._who[0]}) is gone, and with it the store of the process group"
+        keeper = f"torchrun or rank 0 ({self._who[0]})"
+        return f"the store of the process group, kept by {keeper}, does not answer ({str(error).splitlines()[0]})"
 
     def _look(self) -> str:
         """What is wrong with another rank, "" where all is well."""
@@ -188,7 +187,7 @@ class Watch:
             if not self._reported:
                 self._reported = True
                 print(f"error: {self.message()}", file=sys.stderr, flush=True)
-        if self.rank == 0:  # it may keep the store, in which the others read whom to name
+        if self.rank == 0:
             time.sleep(LINGER_S)
 
     def check(self) -> None:

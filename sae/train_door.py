@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     from sae import distributed_door
 
     if distributed_door.wanted(cfg):
-        return distributed_door.main(cfg, cfgs)
+        return distributed_door.main(cfg, cfgs, print_results)
     from sae import predict as small
 
     found = subject(cfg)

@@ -44,7 +44,7 @@ def equal_rows(found: Path, expected: Path, tolerance: float) -> None:
     assert len(rows[0]) == len(rows[1]) > 0
     for row, want in zip(*rows, strict=True):
         row_error, wanted_error = row.pop("decoder_row_error"), want.pop("decoder_row_error")
-        assert max(row_error, wanted_error) < 1e-6
+        assert row_error == pytest.approx(wanted_error, rel=tolerance, abs=1e-6)
         assert row == pytest.approx(want, rel=tolerance, abs=tolerance)
 
 
