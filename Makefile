@@ -7,7 +7,7 @@ RESULTS ?= results
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check env lint types imports bench gpu site browser interop clean
+.PHONY: demo test check env lint types imports bench gpu site browser interop llm clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
@@ -44,6 +44,12 @@ browser: env  ## the pages in a real Chromium (Debian: apt-get install chromium)
 
 interop: env  ## goldens anew by SAELens, dictionary_learning, sparsify and Llamascopium, each in its own environment
 	PYTHON=$(PYTHON) tests/interop/rebuild.sh $(PY)
+
+llm: env  ## real servers in their own environments: llama.cpp's, with VLLM=1 also vLLM on the processor; after make demo
+	PYTHON=$(PYTHON) VLLM=$(VLLM) RESULTS=$(RESULTS) scripts/llm_servers.sh $(PY)
+
+crosscheck: env  ## our numbers against SAEBench, SAELens and sae-probes: goldens anew by the peers, in their environment
+	PYTHON=$(PYTHON) tests/crosscheck/rebuild.sh $(PY)
 
 env: $(STAMP)
 

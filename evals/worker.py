@@ -28,7 +28,8 @@ _open: list[World] = []
 def measure(job: MeasureJob) -> Path:
     """Folder of the rows of one (subject, evaluation, seed)."""
     world = _world(job.cfg)
-    (evaluation,) = select([job.evaluation])
+    # by the run's own list: an evaluation from elsewhere ("module:object") is not found by its name
+    evaluation = next(e for e in select(job.cfg.evals, job.cfg.preset) if e.name == job.evaluation)
     subject = world.subjects.get(job.sae_id)
     if subject is None:
         raise ArtefactError(f"this process finds no {job.sae_id} below {job.cfg.root}; is the folder shared by all?")
