@@ -7,7 +7,7 @@ RESULTS ?= results
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check env lint types imports bench gpu site browser interop llm clean
+.PHONY: demo test check env lint types imports bench gpu site browser interop llm crosscheck clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
