@@ -286,6 +286,30 @@ def newest(root: Path) -> int:
     return max((int(number) for number in found if number.isdigit()), default=0)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_thread_changes_nothing(tiny_lm_dir: Path, tokens: TokenSet, tmp_path: Path) -> None:
+    """With the thread the model has a CUDA stream of its own: no slot is overwritten before it is read, none is read
+    before it is written; an interrupted run goes on bit for bit."""
+    lm = LanguageModel.load(str(tiny_lm_dir), dtype="float32", device="cuda")
+    n = 200
+    ways = [list(stream(lm, tokens, prefetch=way).batches(BATCH, seed=SEED, first=0, last=n)) for way in ("off", "on")]
+    assert len(ways[0]) == len(ways[1]) == n
+    for mine, theirs in zip(*ways, strict=True):
+        for (x_ND, flat), (y_ND, other) in zip(mine, theirs, strict=True):
+            assert x_ND.device.type == "cuda" and torch.equal(x_ND, y_ND) and np.array_equal(flat, other)
+
+    def trained(root: Path, way: str) -> list[list[Any]]:
+        jobs = [Job(store, [TOPK], meta(store.hookpoint)) for store in stream(lm, tokens, prefetch=way).stores]
+        return [contents(folder) for (folder,) in train_jobs(root, jobs, device="cuda")]
+
+    expected = trained(tmp_path / "whole", "off")
+    with pytest.MonkeyPatch.context() as patch:
+        calling(lm, patch, SAMPLE_PASSES + 20, lambda found: os.kill(os.getpid(), signal.SIGTERM) or found)
+        with pytest.raises(resume.TrainingInterrupted, match="saved after step"):
+            trained(tmp_path, "on")
+    assert trained(tmp_path, "on") == expected
+
+
 # -- what cannot be trained ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("prefetch", ["off", "on"])
 def test_values_that_are_not_finite_stop_it_and_saved_steps_stay(
