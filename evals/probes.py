@@ -130,6 +130,8 @@ def _newton(s: Tensor, y: Tensor, b0: float, ridge: float) -> tuple[Tensor, Tens
         step_b, step_w = (h_ww * g_b - h_bw * g_w) / det, (h_bb * g_w - h_bw * g_b) / det
         decrement = 0.5 * (g_b * step_b + g_w * step_w)
         if float(decrement.max()) < TOLERANCE:
+            # the step is known: taking it leaves an error of the order of the decrement's square
+            w, b, state = _line_search(at, w, b, step_w, step_b, state)
             break
         w, b, state = _line_search(at, w, b, step_w, step_b, state)
     return w, b, state[1] / n, int((decrement >= TOLERANCE).sum())

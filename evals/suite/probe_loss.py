@@ -97,7 +97,7 @@ class ProbeLoss:
 
     name = "probe_loss"
     title = "Probe loss"
-    version = 1
+    version = 2
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"probes"})
     uses = frozenset({"features"})
