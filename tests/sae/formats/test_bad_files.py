@@ -241,6 +241,8 @@ def test_safetensors_headers(tmp_path: Path, header: bytes):
     ("case", "changes", "error", "named"),
     [
         ("saelens/topk", {"architecture": "matching_pursuit"}, Unsupported, "matching_pursuit"),
+        ("saelens/topk", {"architecture": "abstopk"}, Unsupported, "'abstopk' cannot be run; known: "),
+        ("saelens/topk", {"architecture": "temporal"}, Unsupported, "'temporal' cannot be run; known: "),
         ("saelens/topk", {"d_in": 15}, ConfigError, r"b_enc|W_enc has shape \(16, 48\), expected \(15, 48\)"),
         ("saelens/topk", {"d_sae": 47}, ConfigError, "expected"),
         ("saelens/topk", {"k": None}, ConfigError, "does not say 'k'"),

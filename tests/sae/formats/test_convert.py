@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sae as package
 from sae import adapt, agreement, checkpoint, inspect, loading
+from sae.__main__ import main as package_main
 from sae.config import InputNorm, SAEConfig
 from sae.convert import convert
 from sae.errors import ArtefactError, CheckpointMismatch, ConfigError, Unsupported
@@ -249,25 +250,34 @@ def test_the_doors(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_check_on_a_model(tmp_path: Path):
-    """The probe on activations of a real (tiny) model, and the width that does not fit it."""
+def test_check_on_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The probe on activations of a real (tiny) model stops a conversion; and the width that does not fit it."""
     from tiny import save_tiny_lm, write_texts
+
+    def said(*words: str) -> tuple[int, str]:
+        status = package_main(list(words))
+        return status, "".join(capsys.readouterr())
 
     save_tiny_lm(tmp_path / "lm", width=16)
     texts = write_texts(tmp_path / "texts.jsonl", documents=300)
-    words = ["--check-on", str(tmp_path / "lm"), "--texts", str(texts), "--tokens", "512"]
-    done = door("inspect", str(CASES["saelens/topk"]), *words, "--hookpoint", "layers.1")
-    assert done.returncode in (0, 1) and "recipe probe on 512 tokens" in done.stdout, done.stderr
-    assert "without pre-bias" in done.stdout
-    words += ["--hookpoint", "layers.1"]
-    suspect = door("convert", str(CASES["saelens/topk"]), str(tmp_path / "o"), "--to", "sparsify", *words)
-    assert suspect.returncode == 1 and "suspect" in suspect.stdout and not (tmp_path / "o").exists(), suspect.stderr
-    accepted = [*words, "--accept-recipe"]
-    out = door("convert", str(CASES["saelens/topk"]), str(tmp_path / "o"), "--to", "sparsify", *accepted)
-    assert out.returncode == 0 and "synthetic" not in out.stdout, out.stderr
+    case, where = str(CASES["saelens/topk"]), ["--hookpoint", "layers.1"]
+    words = ["--check-on", str(tmp_path / "lm"), "--texts", str(texts), "--tokens", "512", *where]
+    status, text = said("inspect", case, *words)
+    assert status == 1 and "recipe probe on 512 tokens" in text and "without pre-bias" in text
+    out = str(tmp_path / "o")
+    status, text = said("convert", case, out, "--to", "sparsify", *words)
+    assert status == 1 and "suspect" in text and not (tmp_path / "o").exists(), "random weights reconstruct nothing"
+    status, text = said("convert", case, out, "--to", "sparsify", *words, "--accept-recipe")
+    assert status == 0 and "synthetic" not in text and (tmp_path / "o").exists()
     save_tiny_lm(tmp_path / "wide", width=32)
-    wrong = door("inspect", str(CASES["saelens/topk"]), "--check-on", str(tmp_path / "wide"), "--hookpoint", "layers.1")
-    assert wrong.returncode == 2 and "reads 16 channels" in wrong.stderr
+    status, text = said("inspect", case, "--check-on", str(tmp_path / "wide"), *where)
+    assert status == 2 and "reads 16 channels" in text
+    status, text = said("inspect", str(GOLDENS / "dictionary_learning" / "batchtopk_uncalibrated"), "--calibrate")
+    assert status == 2 and "give --check-on MODEL as well" in text
+    status, text = said(
+        "inspect", str(GOLDENS / "dictionary_learning" / "batchtopk_uncalibrated"), "--calibrate", *words
+    )
+    assert status in (0, 1) and "threshold" in text and "calibrated on" in text.replace("\n", " ")
 
 
 def test_save_load_of_our_own_is_unchanged(tmp_path: Path):
