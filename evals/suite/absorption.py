@@ -68,7 +68,7 @@ class AbsorptionEval:
     version = 1
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"lm"})
-    uses = frozenset({"sparse"})
+    uses = frozenset({"sparse", "directions"})
     default_in = ("paper",)
     """Presets in which it runs without being named: small models hardly spell (METRICS I)."""
 
