@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures: made by kernels/bench_summary.py -->", "<!-- end of figures -->"
 SHOWN = (
     "topk_step", "encode_topk", "encode_threshold", "sparse_decode", "decode_entries", "decode_error", "dual_gradient",
-    "worklist", "project", "unit_rows", "torch_topk",
+    "worklist", "project", "unit_rows", "torch_topk", "host", "cpu_decode", "cpu_step",
 )  # fmt: skip
 """Kernels of the tables, in their order."""
 TRIED = re.compile(r"-\d+x\d+$")
@@ -24,6 +24,8 @@ WANTED = (
     # kernel, mode, numerator, denominator, least ratio, devices
     ("sparse_decode", "forward+backward", "dense", "torch", 8.0, "cpu"),
     ("topk_step", "forward+backward", "product+topk", "torch", 1 / 1.3, "cpu"),
+    ("cpu_decode", "forward+backward", "dense", "embedding_bag", 8.0, "cpu"),
+    ("cpu_step", "forward+backward", "product+topk", "torch", 1 / 1.3, "cpu"),
     ("topk_step", "step", "dense", "fused-A", 2.5, "gpu"),
     ("topk_step", "step", "published", "fused-A", 1.5, "gpu"),
 )
