@@ -7,7 +7,7 @@ fires. The unit of every interval is the latent; the text inside is held fixed.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
     from autointerp.latent_cache import LatentCache
     from autointerp.n2g_patterns import PatternSet, TokenIndex
+    from autointerp.records import Explanation
 
 GAO = "Gao et al. 2024 (arXiv 2406.04093) 4.3"
 BY_LATENT = "Interval: latents."
 PAIRS = 16
 """Positive activations from which patterns are built, and the last tokens of which make floor_token."""
-LATENTS = {"quick": 24, "paper": 1000, "tiny": 8}
-"""Latents when this evaluation has to build the patterns itself; else those that were explained."""
+LATENTS = {"quick": 64, "paper": 1000, "tiny": 4}
+"""Latents measured at least (METRICS D 1). Patterns of those that were explained are read; if they are fewer, patterns
+of further latents of the same draw are built here, from as many activations each."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class N2G:
 
     name = "n2g"
     title = "N2G explainability"
-    version = 1
+    version = 2
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"interp", "scores", "lm"})
     uses = frozenset({"sparse"})
@@ -127,27 +129,39 @@ def _cache(ctx: EvalContext) -> "LatentCache":
 
 
 def read_patterns(ctx: EvalContext) -> "tuple[dict[int, PatternSet], dict[int, str]]":
-    """Patterns by latent, and failure codes of the others: of the explanations that were scored, else built here."""
+    """Patterns by latent, and failure codes of the others: of the explanations that were scored, where there are any,
+    and of further latents up to the number of the preset."""
+    mine: list[Explanation] = []
     if ctx.scores is not None:
-        from autointerp.n2g_patterns import PatternSet
-
         mine = [e for e in read_explanations(ctx.scores) if e.explainer == "n2g"]
-        if mine:
-            found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
-            return found, {e.latent: e.failure.code for e in mine if e.failure is not None}
-    return _build_patterns(ctx)
+    from autointerp.n2g_patterns import PatternSet
+
+    found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
+    failures = {e.latent: e.failure.code for e in mine if e.failure is not None}
+    pairs = max((len(e.exemplar_ids) for e in mine), default=PAIRS)
+    built, failed = _build_patterns(ctx, found.keys() | failures.keys(), pairs)
+    return found | built, failures | failed
 
 
-def _build_patterns(ctx: EvalContext) -> "tuple[dict[int, PatternSet], dict[int, str]]":
+def _build_patterns(
+    ctx: EvalContext, known: "Set[int]", n_pairs: int
+) -> "tuple[dict[int, PatternSet], dict[int, str]]":
+    """Patterns and failure codes of as many latents as ``known`` lacks; drawn like those that are explained, whose
+    draw begins with the same latents."""
     from autointerp.exemplars import draw_pairs
     from autointerp.last_acts import LastActs
     from autointerp.latent_cache import sample_latents
     from autointerp.n2g import build_many, pad_token
     from sae.tokens import prefix_id
 
-    cache, lm, sae = _cache(ctx), ctx.lm, ctx.subject.sae  # type: ignore[attr-defined]
-    latents = sample_latents(cache, LATENTS[ctx.preset], ctx.seed).latents.tolist()
-    pairs = {int(i): draw_pairs(cache, int(i), PAIRS, seed=ctx.seed) for i in latents}
+    if len(known) >= LATENTS[ctx.preset]:
+        return {}, {}
+    cache = _cache(ctx)
+    latents = [i for i in sample_latents(cache, LATENTS[ctx.preset], ctx.seed).latents.tolist() if i not in known]
+    if not latents:  # no more are eligible
+        return {}, {}
+    lm, sae = ctx.lm, ctx.subject.sae  # type: ignore[attr-defined]
+    pairs = {int(i): draw_pairs(cache, int(i), n_pairs, seed=ctx.seed) for i in latents}
     results = build_many(
         pairs, LastActs(lm, sae, ctx.hookpoint), pad_id=pad_token(lm.tokenizer), prefix=(prefix_id(lm.tokenizer),)
     )

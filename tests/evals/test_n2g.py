@@ -199,3 +199,49 @@ def test_no_pattern_at_all_is_undefined(cache, monkeypatch):
     result = evaluate(cache, {}, monkeypatch, failures={4: "n2g_degenerate"})
     assert {r.metric for r in result.rows} == {"n2g_f1", "n2g_precision", "n2g_recall"}
     assert all(r.value is None and r.failure == "n2g_degenerate" and r.n_failed == 1 for r in result.rows)
+
+
+def test_explained_latents_are_completed_to_the_number_of_the_preset(cache, monkeypatch):
+    """Patterns of two explained latents are read (one had failed); the others of the draw are built, with as many
+    activations as those two had, and never an explained one again."""
+    from autointerp.records import Explanation, Failure
+    from evals.suite.n2g import read_patterns
+
+    told = [
+        Explanation(explanation_id="a", sae_id="planted", latent=0, explainer="n2g", exemplar_ids=("x", "y", "z"),
+                    pattern=TRUTH[0].dump()),
+        Explanation(explanation_id="b", sae_id="planted", latent=4, explainer="n2g", exemplar_ids=("x", "y"),
+                    failure=Failure(code="n2g_degenerate", stage="explain", detail="")),
+        Explanation(explanation_id="c", sae_id="planted", latent=1, explainer="pmi", text="six, seven"),
+    ]  # fmt: skip
+    asked = {}
+
+    class Answers:
+        def __init__(self, lm, sae, hookpoint):
+            pass
+
+        def __call__(self, probes):
+            asked.update((latent, True) for latent, _ in probes)
+            return np.array([float(tokens[-1] != PAD) for _, tokens in probes], dtype=np.float32)
+
+    subject = type("Subject", (), {"sae": None})()
+    lm = type("LM", (), {"tokenizer": None})()
+    ctx = EvalContext(root=None, subject=subject, preset="tiny", seed=0, hookpoint="layers.1", latents=cache,
+                      scores="folder", load_lm=lambda: lm)  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(n2g, "read_explanations", lambda folder: told)
+    monkeypatch.setattr("autointerp.last_acts.LastActs", Answers)
+    monkeypatch.setattr("autointerp.n2g.pad_token", lambda tokenizer: PAD)
+    monkeypatch.setattr("sae.tokens.prefix_id", lambda tokenizer: 0)
+    from autointerp import exemplars
+
+    real = exemplars.draw_pairs
+    monkeypatch.setattr(exemplars, "draw_pairs", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    for wanted in (2, 5):
+        monkeypatch.setitem(n2g.LATENTS, "tiny", wanted)
+        found, failures = read_patterns(ctx)
+        assert failures == {4: "n2g_degenerate"} and found[0].patterns == TRUTH[0].patterns
+        assert set(found) == ({0} if wanted == 2 else {0, 1, 2, 3})
+        assert set(asked) == (set() if wanted == 2 else {1, 2, 3})
+    assert [len(pairs) for pairs in drawn] == [3, 3, 3]
+    assert all(p.ids == (7,) for p in found[1].patterns), "the last token of a bigram suffices for this judge"
