@@ -47,6 +47,28 @@ Tick = Callable[[float], None]
 """Called now and then while a window fills, with the share that is there; what it raises ends the stream."""
 
 
+class Order:
+    """Which token comes when: a function of the number of kept tokens in each chunk, and of a seed."""
+
+    def __init__(self, counts_C: np.ndarray, seed: int) -> None:
+        self.counts_C, self.seed = counts_C, seed
+        self.per_pass = int(counts_C.sum())
+
+    def chunks(self, number: int) -> np.ndarray:
+        """Order of the chunks in pass ``number``."""
+        return rng(self.seed, "stream-chunks", number).permutation(len(self.counts_C))
+
+    def since(self, token: int) -> Iterator[tuple[int, int]]:
+        """(chunk, number of its kept tokens that came before) from the kept token ``token`` of the stream on."""
+        number, offset = divmod(token, self.per_pass)
+        while True:
+            order = self.chunks(number)
+            ends = np.cumsum(self.counts_C[order])
+            for i in range(int(np.searchsorted(ends, offset, side="right")), len(order)):
+                yield int(order[i]), max(0, offset - int(ends[i] - self.counts_C[order[i]]))
+            number, offset = number + 1, 0
+
+
 class Slots:
     """The buffer itself, without any waiting: S slots of which each belongs to the window that leaves or to the next.
 

@@ -42,9 +42,9 @@ def time_stream(stream: LiveStream) -> StreamTime:
     return StreamTime(statistics.median(seconds[1:]), whole, predict.peak_bytes())
 
 
-def sample_of(stream: LiveStream, x_ND: Tensor) -> Sample:
-    """Some activations that stand for what training holds of one hookpoint."""
-    return Sample(x_ND, _sample_tokens(stream), key="stream")
+def sample_of(stream: LiveStream, x_ND: Sequence[Tensor]) -> Sample:
+    """Some activations that stand for what training holds of one hookpoint, or of a pair."""
+    return Sample(x_ND[0], _sample_tokens(stream), x_ND[-1], key="stream")
 
 
 def _sample_tokens(stream: LiveStream) -> int:
@@ -54,7 +54,7 @@ def _sample_tokens(stream: LiveStream) -> int:
 def sample_line(stream: LiveStream, timed: StreamTime) -> Line:
     """The stage that comes first: tokens that are computed once and held."""
     n = _sample_tokens(stream)
-    held = n * sum(stream.widths) * stream.dtype.itemsize
+    held = 0 if stream.lm.device.type == "cuda" else n * sum(stream.widths) * stream.dtype.itemsize
     return Line("sample", n * timed.seconds_per_token, timed.peak_bytes + held, 0, f"{n:,} tokens that are held")
 
 
@@ -63,7 +63,9 @@ def training_line(stream: LiveStream, timed: StreamTime, jobs: Sequence[Job], tr
     cfgs = [cfg for job in jobs for cfg in job.cfgs]
     batch = cfgs[0].batch_tokens
     window = stream.window(batch)
-    line = predict.training_line(cfgs, trial, stream.memory_bytes(batch))
+    on_gpu = stream.lm.device.type == "cuda"
+    held = stream.memory_bytes(batch)
+    line = predict.training_line(cfgs, trial, 0 if on_gpu else held)
     steps = max(cfg.train_tokens // batch for cfg in cfgs)
     tokens = -(-steps * batch // window) * window
     context = stream.tokens.L
@@ -73,5 +75,5 @@ def training_line(stream: LiveStream, timed: StreamTime, jobs: Sequence[Job], tr
     hooks = f" for {len(stream.hookpoints)} hookpoints in one pass" if len(stream.hookpoints) > 1 else ""
     note = f"{len(cfgs)} SAE(s), {steps:,} steps; {passes}{hooks}; {buffer} = {size / 1e9:.3f} GB"
     if trial.gpu_bytes:
-        note += f", {trial.gpu_bytes / 1e9:.2f} GB on the GPU"
+        note += f", {(trial.gpu_bytes + held * on_gpu) / 1e9:.2f} GB on the GPU"
     return line._replace(seconds=line.seconds + tokens * timed.seconds_per_token, note=note)

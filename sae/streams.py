@@ -6,7 +6,7 @@ per pass (decision 015). Shapes: N flat tokens, flat index n = row * L + positio
 """
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae import buffer
 from sae.activations import BATCH_ROWS, BY_NORM, KEPT, REASONS, filter_codes
-from sae.buffer import INDEX_BYTES, Batch, Block, Feed, Slots, Tick
+from sae.buffer import INDEX_BYTES, Batch, Block, Feed, Order, Slots, Tick
 from sae.config import FilterConfig, StreamConfig, to_dict
 from sae.console import progress
 from sae.errors import ConfigError, DataError
@@ -27,7 +27,6 @@ from sae.tokens import TokenSet, drop_ids
 
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
-    from sae.train_run import Store
 
 STREAM_VERSION = 1
 SAMPLE_TOKENS = 65_536
@@ -36,28 +35,6 @@ FEWEST_BATCHES = 4
 """Batches that a buffer must hold at least."""
 PREFETCH_CORES = 4
 """With so many cores or fewer, model and SAEs would only take them from each other."""
-
-
-class Order:
-    """Which token comes when: a function of the number of kept tokens in each chunk, and of a seed."""
-
-    def __init__(self, counts_C: np.ndarray, seed: int) -> None:
-        self.counts_C, self.seed = counts_C, seed
-        self.per_pass = int(counts_C.sum())
-
-    def chunks(self, number: int) -> np.ndarray:
-        """Order of the chunks in pass ``number``."""
-        return rng(self.seed, "stream-chunks", number).permutation(len(self.counts_C))
-
-    def since(self, token: int) -> Iterator[tuple[int, int]]:
-        """(chunk, number of its kept tokens that came before) from the kept token ``token`` of the stream on."""
-        number, offset = divmod(token, self.per_pass)
-        while True:
-            order = self.chunks(number)
-            ends = np.cumsum(self.counts_C[order])
-            for i in range(int(np.searchsorted(ends, offset, side="right")), len(order)):
-                yield int(order[i]), max(0, offset - int(ends[i] - self.counts_C[order[i]]))
-            number, offset = number + 1, 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +54,8 @@ class LiveStream:
     batch_rows: int = BATCH_ROWS
     dtype: torch.dtype = torch.bfloat16
     """In which activations are held, as in a disk store."""
+    paired: bool = False
+    """The hookpoints are the inputs and the targets of transcoders: a token over the limit of one is out at both."""
 
     @cached_property
     def stores(self) -> tuple["LiveStore", ...]:
@@ -194,8 +173,11 @@ class LiveStream:
                 return
             x_nD, norms, flat_n = self.chunk(number)
             flats = [flat_n] * len(limits)
-            for i, limit in enumerate(limits):
-                picks_n = self._substituted(number, norms[i] > limit)
+            over = [norms_n > limit for norms_n, limit in zip(norms, limits, strict=True)]
+            if self.paired:
+                over = [np.logical_or.reduce(over)] * len(over)
+            for i, over_n in enumerate(over):
+                picks_n = self._substituted(number, over_n)
                 if picks_n is not None:
                     x_nD[i] = x_nD[i].index_select(0, torch.from_numpy(picks_n).to(x_nD[i].device))
                     flats[i] = flat_n[picks_n]
@@ -330,6 +312,10 @@ class LiveStore:
         x_ND = self.stream.sample.x_ND[self.number]
         return x_ND.index_select(0, torch.from_numpy(places).to(x_ND.device)).float()
 
+    def of_batch(self, batch: Batch) -> tuple[Tensor, np.ndarray]:
+        """The part of this hookpoint."""
+        return batch[self.number]
+
     def batches(
         self, batch_tokens: int, *, seed: int, epochs: int, first: int = 0
     ) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -337,27 +323,4 @@ class LiveStore:
         last = epochs * (self.n_kept // batch_tokens)
         with closing(self.stream.batches(batch_tokens, seed=seed, first=first, last=last)) as found:
             for batch in found:
-                yield batch[self.number]
-
-
-def together(
-    stores: Sequence["Store"], batch_tokens: int, *, seed: int, first: int, last: int, tick: Tick | None = None
-) -> Generator[list[tuple[Tensor, Any]], None, None]:
-    """Batches ``first`` to ``last`` (excluded) of all stores, one of each at a time. Hookpoints of one
-    :class:`LiveStream` share its passes; ``tick``: called while its buffer fills, with the share that is there."""
-    streams = {id(store.stream): store.stream for store in stores if isinstance(store, LiveStore)}
-    if len(streams) == 1 and all(isinstance(store, LiveStore) for store in stores):
-        (stream,) = streams.values()
-        numbers = [store.number for store in stores if isinstance(store, LiveStore)]
-        with closing(stream.batches(batch_tokens, seed=seed, first=first, last=last, tick=tick)) as found:
-            for batch in found:
-                yield [batch[number] for number in numbers]
-        return
-    each = []
-    for store in stores:
-        epochs = -(-last // max(1, store.n_kept // batch_tokens))
-        each.append(store.batches(batch_tokens, seed=seed, epochs=epochs, first=first))
-    for index, parts in enumerate(zip(*each, strict=False), first):
-        if index == last:
-            return
-        yield list(parts)
+                yield self.of_batch(batch)

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
     from sae.activations import ActivationStore
     from sae.language_model import LanguageModel
+    from sae.live_pair import LivePair
     from sae.paired import PairedStore
     from sae.streams import LiveStore
     from sae.tokens import TokenSet
     from sae.train_door import TrainDoor
 
-    Source = ActivationStore | PairedStore | LiveStore
+    Source = ActivationStore | PairedStore | LiveStore | LivePair
 
 
 class Subject(NamedTuple):
@@ -38,11 +39,15 @@ class Subject(NamedTuple):
     def sources(self) -> "tuple[Source | None, ...]":
         """What training reads, one per hookpoint or one for a pair; None where some of it is not there."""
         from sae.activations import ActivationStore
+        from sae.live_pair import LivePair
         from sae.paired import PairedStore
+        from sae.streams import LiveStore
 
         if not self.paired:
             return self.stores
         inputs, targets = self.stores
+        if isinstance(inputs, LiveStore):
+            return (LivePair(inputs.stream),)
         if isinstance(inputs, ActivationStore) and isinstance(targets, ActivationStore):
             return (PairedStore(inputs, targets),)
         return (None,)
@@ -116,11 +121,13 @@ def collect_all(cfg: "TrainDoor", found: Subject) -> "list[Source]":
 
 def meta_of(source: "Source", drop_ids: Sequence[int] = ()) -> SubjectMeta:
     """What an SAE file says of the activations, from their manifest. ``drop_ids``: what the filter drops by id."""
+    from sae.live_pair import LivePair
     from sae.model_files import slug_of
     from sae.paired import PairedStore
 
-    store = source.inputs if isinstance(source, PairedStore) else source
-    target = source.targets.manifest["config"]["hookpoint"] if isinstance(source, PairedStore) else None
+    pair = source if isinstance(source, (PairedStore, LivePair)) else None
+    store = source.inputs if isinstance(source, (PairedStore, LivePair)) else source
+    target = None if pair is None else pair.targets.manifest["config"]["hookpoint"]
     made = store.manifest["config"]
     rules = made["filter"]
     return SubjectMeta(
@@ -154,11 +161,12 @@ def expected_kept(found: Subject, rules: FilterConfig, number: int = 0) -> "np.n
     source that is there, those that pass all."""
     import numpy as np
 
+    from sae.live_pair import LivePair
     from sae.streams import LiveStore
     from sae.tokens import drop_ids
 
     source = found.sources[number]
-    if source is not None and not isinstance(source, LiveStore):
+    if source is not None and not isinstance(source, (LiveStore, LivePair)):
         return source.kept_N
     assert found.lm is not None
     rows = np.asarray(found.tokens.tokens_BL)

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import console, manifest, resume, streams, train_run
+from sae import console, live_pair, manifest, resume, train_run
 from sae.base import SAE
 from sae.config import InputNorm, SubjectMeta, TrainConfig
 from sae.errors import ConfigError, DataError, SaescopeError
 from sae.metric_log import MetricLog
 from sae.mirror import MakeMirror
 from sae.plugins import find
+from sae.streams import LiveStore
 from sae.train_run import STAGE_VERSION, Run, Store, identity, input_norm, run_folder
 
 __all__ = [
@@ -207,7 +208,7 @@ def _check(store: Store, cfgs: Sequence[TrainConfig], meta: SubjectMeta) -> None
             f"the store has {store.n_kept:,} tokens after the filter, a batch is {largest:,}: "
             "give more text (tokens.train_tokens) or lower train.batch_tokens"
         )
-    if isinstance(store, streams.LiveStore):
+    if isinstance(store, (LiveStore, live_pair.LivePair)):
         store.stream.window(largest)
     if not re.fullmatch(r"[a-z0-9._-]+", meta.lm_slug):
         raise ConfigError(f"lm_slug {meta.lm_slug!r} may only hold a-z, 0-9, '.', '_' and '-'")
@@ -251,7 +252,7 @@ def _loop(
             if signals.stop:
                 raise resume.TrainingInterrupted("the stream was filling its buffer; the same command goes on")
 
-        stream = streams.together(stores, batch_tokens, seed=DATA_SEED, first=first, last=last, tick=filling)
+        stream = live_pair.together(stores, batch_tokens, seed=DATA_SEED, first=first, last=last, tick=filling)
         with closing(stream):
             for index, parts in enumerate(stream, first):
                 for store, (x_ND, flat) in zip(stores, parts, strict=True):

@@ -82,10 +82,6 @@ class TrainDoor:
         )
         live = self.stream.source == "live"
         require(
-            not live or self.hookpoint_out is None,
-            "transcoders are trained on stored pairs of activations: leave --stream.source live out",
-        )
-        require(
             not live or self.activations is None,
             "--stream.source live computes activations from --model and --texts; --activations are stored ones",
         )
@@ -216,7 +212,7 @@ def run(cfg: TrainDoor, cfgs: Sequence[TrainConfig], found: Subject) -> list[Pat
     live = cfg.stream.source == "live"
     if live:
         stream = train_plan.live_stream(cfg, cfgs, found)
-        sources: list[Any] = [] if stream is None else list(stream.stores)
+        sources: list[Any] = [] if stream is None else train_plan.live_sources(stream, found)
     else:
         sources = collect_all(cfg, found)
         found = found._replace(stores=tuple(stored for source in sources for stored in _stores(source)))

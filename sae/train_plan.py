@@ -11,8 +11,9 @@ from sae.subjects import Subject, expected_kept, short_meta
 if TYPE_CHECKING:
     import torch
 
+    from sae.live_pair import LivePair
     from sae.predict import Line, Prediction, Trial
-    from sae.streams import LiveStream
+    from sae.streams import LiveStore, LiveStream
     from sae.train_door import TrainDoor
 
 
@@ -49,14 +50,21 @@ def live_stream(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], found: Subject) -
 
     from sae.streams import LiveStore
 
-    wanted = [i for i in range(len(found.stores)) if missing(cfg, cfgs, found, i)]
+    wanted = [i for i in range(len(found.sources)) if missing(cfg, cfgs, found, i)]
     if not wanted:
         return None
     first = found.stores[0]
     assert isinstance(first, LiveStore)
-    if len(wanted) == len(found.stores):
+    if len(wanted) == len(found.sources):
         return first.stream
     return replace(first.stream, hookpoints=tuple(found.hookpoints[i] for i in wanted))
+
+
+def live_sources(stream: "LiveStream", found: Subject) -> "list[LiveStore | LivePair]":
+    """What training reads of a stream."""
+    from sae.live_pair import LivePair
+
+    return [LivePair(stream)] if found.paired else list(stream.stores)
 
 
 # -- prediction -------------------------------------------------------------------------------------------------------
@@ -106,15 +114,16 @@ def _predict_disk(
         if store is not None and any(todo):
             spread = store.kept_N[:: max(1, len(store.kept_N) // small.SAMPLE_ROWS)]
             samples[i], sizes[i] = store.read(spread), sum(int(e["bytes"]) for e in store.manifest["files"].values())
-    tried: dict[object, Trial] = {}
+    tried: dict[object, list[Trial]] = {}
     for number, some in enumerate(todo):
         places = (0, 1) if found.paired else (number,)
         widths, n_kept = found.source_widths[number], len(expected_kept(found, cfg.filter, number))
         for group in by_batch(some):
-            if (key := (tuple(group), widths, n_kept)) not in tried:
+            trials = tried.setdefault((tuple(group), widths, n_kept), [])
+            if len(trials) < 2:  # the first in a process also takes what every process takes once
                 sample = small.Sample(samples[places[0]], n_kept, samples[places[-1]])
-                tried[key] = small.try_training(sample, group, _no_meta(found, number), device)
-            line = small.training_line(group, tried[key], sum(sizes[i] for i in places))
+                trials.append(small.try_training(sample, group, _no_meta(found, number), device))
+            line = small.training_line(group, trials[-1], sum(sizes.values()))  # a mapped store stays mapped
             lines.append(_named(line, found, number))
     steps = [small.saved_steps_bytes(some, widths) for some, widths in zip(todo, found.source_widths, strict=True)]
     return small.Prediction(tuple(lines), max(steps, default=0))
@@ -131,23 +140,27 @@ def _predict_live(
     stream = live_stream(cfg, cfgs, found)
     if stream is None:
         return small.Prediction((), 0)
-    numbers = [found.hookpoints.index(hookpoint) for hookpoint in stream.hookpoints]
+    numbers = [0] if found.paired else [found.hookpoints.index(hookpoint) for hookpoint in stream.hookpoints]
     todo = {i: missing(cfg, cfgs, found, i) for i in numbers}
     groups = by_batch([one for one in cfgs if any(one in some for some in todo.values())])
     for group in groups:
         held = stream.memory_bytes(group[0].batch_tokens)
-        mine = [([one for one in group if one in todo[i]], (found.widths[i],)) for i in numbers]
+        mine = [([one for one in group if one in todo[i]], found.source_widths[i]) for i in numbers]
         small.check_fits(mine, cfg.root, 0, device, held)
     timed = predict_live.time_stream(stream)
     lines = [predict_live.sample_line(stream, timed)]
     for group in groups:
         jobs = []
-        for i, x_ND in zip(numbers, timed.x_ND, strict=True):
-            if mine_of := [one for one in group if one in todo[i]]:
-                jobs.append(Job(predict_live.sample_of(stream, x_ND), mine_of, _no_meta(found, i)))
+        for place, i in enumerate(numbers):
+            x_ND = timed.x_ND if found.paired else timed.x_ND[place : place + 1]
+            if some := [one for one in group if one in todo[i]]:
+                jobs.append(Job(predict_live.sample_of(stream, x_ND), some, _no_meta(found, i)))
         lines.append(predict_live.training_line(stream, timed, jobs, small.try_jobs(jobs, device)))
-    steps = [sum(small.saved_steps_bytes([one for one in group if one in todo[i]], (found.widths[i],)) for i in numbers)
-             for group in groups]  # fmt: skip
+    steps = []
+    for group in groups:
+        sizes = ([one for one in group if one in todo[i]] for i in numbers)
+        widths = (found.source_widths[i] for i in numbers)
+        steps.append(sum(map(small.saved_steps_bytes, sizes, widths)))
     return small.Prediction(tuple(lines), max(steps, default=0))
 
 
