@@ -1,7 +1,8 @@
-"""Latents that start at tokens of the training text instead of at random (decision 014).
+"""Datapoint initialisation: latents start at tokens of the training text instead of at random (decision 014).
 
-Bricken et al. 2023 (transformer-circuits.pub) restart dead latents at tokens; a short run gains most by starting all of
-them there. Shapes: N tokens of the start sample, M of them drawn, n of them measured, D = d_in, F = d_sae.
+Proposed by P. Peigné and by Anthropic's interpretability team (transformer-circuits.pub), who blend tokens with random
+rows (0.8 to 0.2); here tokens alone, and one bias per latent.
+Shapes: N tokens of the start sample, M of them drawn, n of them measured, D = d_in, F = d_sae.
 """
 
 import torch

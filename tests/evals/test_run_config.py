@@ -19,3 +19,8 @@ def test_options_of_other_architectures_do_not_change_an_sae() -> None:
     assert [name for name in names if cfgs[name].gate_l1 != plain.gate_l1] == ["gated"]
     assert [name for name in names if cfgs[name].l0_weight != plain.l0_weight] == ["jumprelu"]
     assert {c.train_tokens for c in cfgs.values()} == {base.train.train_tokens}
+
+
+def test_quick_starts_its_relu_sae_at_tokens_and_topk_at_random() -> None:
+    starts = {c.architecture: (c.data_start, c.train_tokens) for c in quick().train_configs()}
+    assert starts == {"topk": (False, 999_424), "relu": (True, 999_424)}
