@@ -90,6 +90,8 @@ class Board:
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
     """(sae_id, column id) -> cell; every pair is present."""
     gains: dict[tuple[str, str], Gain] = field(default_factory=dict)
+    draws: Draws | None = None
+    """Resampled values behind the cells, where the board was built with them."""
 
     @property
     def saes(self) -> list[BoardSubject]:
@@ -332,4 +334,4 @@ def build_board(results: "pd.DataFrame", draws: Draws | None = None) -> Board:
                 gain = gain_of(column, cells[subject.sae_id, column.id], cells[subject.random_id, column.id], draws)
                 if gain is not None:
                     gains[subject.sae_id, column.id] = gain
-    return Board(columns=columns, subjects=[*saes, *baselines], cells=cells, gains=gains)
+    return Board(columns=columns, subjects=[*saes, *baselines], cells=cells, gains=gains, draws=draws)

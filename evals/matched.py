@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
-from evals.gains import Cell
+from evals.gains import Cell, paired_interval
 
 State = Literal["front", "dominated", "undecided", ""]
 
@@ -41,8 +43,8 @@ def _points(board: Board, group: Sequence[BoardSubject], l0: Column, metric: Col
 def interpolate(points: Sequence[tuple[float, Cell, str]], at: float) -> tuple[Cell, tuple[str, str]] | None:
     """Linear in ln L0 between the two neighbours; None outside their range.
 
-    Rows hold no resamples, so the ends of the interval are interpolated like the value: exact where the two SAEs'
-    errors move together, too wide otherwise.
+    The ends of the interval are interpolated like the value: exact where the two SAEs' errors move together, too wide
+    otherwise. Where draws were kept, :func:`resampled_interval` replaces it.
     """
     for (x0, a, name_a), (x1, b, name_b) in itertools.pairwise(points):
         if x0 <= at <= x1 and x0 < x1:
@@ -54,6 +56,33 @@ def interpolate(points: Sequence[tuple[float, Cell, str]], at: float) -> tuple[C
             cell = Cell(value=mix(a.value, b.value), ci_low=mix(a.ci_low, b.ci_low), ci_high=mix(a.ci_high, b.ci_high))
             return cell, (name_a, name_b)
     return None
+
+
+def resampled_interval(
+    board: Board, l0: Column, metric: Column, between: tuple[str, str], at: float
+) -> tuple[float, float] | None:
+    """95 % of the interpolations made inside each resample (METRICS 3.6): value and L0 of both SAEs move with the same
+    units. None unless all four were resampled alike."""
+    if board.draws is None:
+        return None
+    cells = [board.cells[sae_id, column.id] for column in (metric, l0) for sae_id in between]
+    if len({(c.pairing, c.n) for c in cells[:2]}) > 1 or len({(c.pairing, c.n) for c in cells[2:]}) > 1:
+        return None
+    found = [board.draws(*c.source) if c.source is not None and c.pairing else None for c in cells]
+    if any(f is None for f in found[:2]) or len(found[0]) != len(found[1]):  # type: ignore[arg-type]
+        return None
+    y0, y1 = (np.asarray(f, dtype=np.float64) for f in found[:2])
+    x0, x1 = (
+        np.full(len(y0), cell.value) if f is None or len(f) != len(y0) else np.asarray(f, dtype=np.float64)
+        for f, cell in zip(found[2:], cells[2:], strict=True)
+    )  # the L0 of topk is the same in all resamples, so that none are kept
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.clip((math.log(at) - np.log(x0)) / (np.log(x1) - np.log(x0)), 0.0, 1.0)
+        drawn = (1 - share) * y0 + share * y1
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) < 0.95 * len(y0):
+        return None
+    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
 
 
 def matched_l0(
@@ -72,6 +101,8 @@ def matched_l0(
                 for at in grid:
                     hit = interpolate(points, at)
                     if hit is not None and hit[0].value is not None:
+                        low_high = resampled_interval(board, l0, metric, hit[1], at)
+                        low, high = low_high or (hit[0].ci_low, hit[0].ci_high)
                         found.append(
                             Matched(
                                 lm=lm,
@@ -81,19 +112,31 @@ def matched_l0(
                                 column_id=metric.id,
                                 l0=at,
                                 value=hit[0].value,
-                                ci_low=hit[0].ci_low,
-                                ci_high=hit[0].ci_high,
+                                ci_low=low,
+                                ci_high=high,
                                 between=hit[1],
                             )
                         )
     return found
 
 
+def told_apart(board: Board, a: Cell, b: Cell) -> bool:
+    """Does the interval of a - b exclude 0? By draws where they pair, else by whether the two intervals meet.
+
+    A value without an interval (the L0 of topk) is taken as exact: equal values are not apart.
+    """
+    if a.value == b.value:
+        return False
+    paired = paired_interval(a, b, board.draws)
+    return not overlap(a, b) if paired is None else not paired[0] <= 0 <= paired[1]
+
+
 def pareto(board: Board, metric: Column) -> dict[str, State]:
     """State of every SAE in (L0, metric), fewer latents and a better metric being good.
 
-    Dominated: some SAE of the same LM and hookpoint is no worse in both, and the two intervals of the metric or of L0
-    are disjoint. Undecided: dominated by the point values, but the intervals meet.
+    Dominated: some SAE of the same LM and hookpoint is no worse in both, and the interval of the difference in the
+    metric or in L0, paired where both were resampled alike, excludes 0; without draws, their two intervals are
+    disjoint. Undecided: dominated by the point values, but no difference is shown.
     """
     l0 = board.columns_of("l0")[0]
     sign = -1 if metric.spec.better == "higher" else 1
@@ -112,7 +155,7 @@ def pareto(board: Board, metric: Column) -> dict[str, State]:
                 continue
             if (u.value, v.value) == (x.value, y.value):
                 continue
-            apart = not overlap(v, y) or not overlap(u, x)
+            apart = told_apart(board, v, y) or told_apart(board, u, x)
             state = "dominated" if apart or state == "dominated" else "undecided"
         states[a.sae_id] = state
     return states

@@ -269,3 +269,51 @@ def test_draws_come_back_from_disk(root: Path) -> None:
     assert found is not None and np.allclose(found, drawn)
     assert draws_below(root)(TOPK, "reconstruction", "k8", "l0", "test") is None
     assert draws_below(root)(TOPK, "reconstruction", "absent", "fvu", "test") is None
+
+
+def paired_board(spread: float) -> "Board":
+    """Two SAEs at L0 8 and 32 whose draws move together by 0.02; each moves by ``spread`` alone."""
+    import numpy as np
+
+    from evals.board import Board, BoardSubject, Column
+    from evals.columns import HEADLINE
+
+    r = np.random.default_rng(0)
+    shared = 0.02 * r.standard_normal(2_000)
+    values = {"a": (8.0, 0.4), "b": (32.0, 0.399)}
+    columns = [Column(spec=s, id=s.key, version=1, preset="quick", slice="", title=s.title)
+               for s in HEADLINE if s.key in ("l0", "fvu")]  # fmt: skip
+    kept, cells, subjects = {}, {}, []
+    for name, (l0, fvu) in values.items():
+        fields = {"sae_id": name, "kind": "sae", "lm": "m", "hookpoint": "h", "d_sae": 9, "architecture": "topk"}
+        subjects.append(BoardSubject(fields=fields, provenance={}, n_rows=1))
+        source = (name, "reconstruction", "key", "fvu", "test")
+        drawn = fvu + shared + spread * r.standard_normal(2_000)
+        kept[source] = drawn
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        cells[name, "fvu"] = Cell(value=fvu, ci_low=low, ci_high=high, stderr=float(drawn.std()), n=50, source=source,
+                                  pairing="p")  # fmt: skip
+        cells[name, "l0"] = Cell(value=l0, n=50, pairing="p")
+    return Board(columns=columns, subjects=subjects, cells=cells, draws=lambda *s: kept.get(s))
+
+
+def test_matched_values_are_interpolated_inside_each_resample() -> None:
+    together, apart = (next(m for m in matched_l0(paired_board(s), keys=("fvu",)) if m.l0 == 16) for s in (1e-6, 0.05))
+    for found, sd in ((together, 0.02), (apart, (0.02**2 + 0.05**2 / 2) ** 0.5)):
+        assert found.value == pytest.approx(0.3995)
+        assert (found.ci_high - found.ci_low) / 2 == pytest.approx(1.96 * sd, rel=0.1)
+
+
+def test_a_paired_difference_decides_where_the_intervals_meet() -> None:
+    """c is worse than a by 0.01 in every resample, with intervals of 0.08."""
+    from dataclasses import replace as changed
+
+    board = paired_board(1e-6)
+    column = board.columns_of("fvu")[0]
+    assert pareto(board, column)["b"] == "front"  # more latents, lower FVU
+    cells = dict(board.cells)
+    cells["b", "l0"] = changed(cells["b", "l0"], value=8.0)
+    cells["a", "fvu"] = changed(cells["a", "fvu"], value=0.4)
+    same_l0 = changed(board, cells=cells)
+    assert pareto(same_l0, column) == {"a": "dominated", "b": "front"}
+    assert pareto(changed(same_l0, draws=None), column) == {"a": "undecided", "b": "front"}
