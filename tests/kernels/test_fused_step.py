@@ -12,7 +12,7 @@ import pytest
 import torch
 from planted_store import META, PlantedStore, planted_store
 
-from sae import checkpoint, fused_step, losses, ops_fused, train_run
+from sae import checkpoint, fused_step, losses, ops_fused, stacked_step, train_run
 from sae.base import SAE, TrainState
 from sae.config import InputNorm, SAEConfig, TrainConfig
 from sae.lagged import Lagged
@@ -42,6 +42,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops_fused, "usable", lambda *_, **__: True)
     monkeypatch.setattr(ops_fused, "COMPUTE_DTYPE", torch.float32)
     monkeypatch.setattr(train_run, "_late", lambda device: Lagged())
+    monkeypatch.setattr(stacked_step, "suits", lambda *_: False)  # the CPU's own way
 
 
 def make(apply_b_dec: bool = True) -> tuple[SAE, TrainState, torch.Tensor]:
@@ -122,6 +123,7 @@ def test_training_gives_the_curve_of_the_cpu(tmp_path: Path, monkeypatch: pytest
         patch.setattr(ops_fused, "usable", lambda *_, **__: True)
         patch.setattr(ops_fused, "COMPUTE_DTYPE", torch.float32)
         patch.setattr(train_run, "_late", lambda device: Lagged())
+        patch.setattr(stacked_step, "suits", lambda *_: False)
         (fused,) = train_many(tmp_path / "fused", store, [cfg], META)
     rows = [read_log(folder / "train.jsonl") for folder in (plain, fused)]
     assert len(rows[0]) == len(rows[1]) == 12
