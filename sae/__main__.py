@@ -16,6 +16,7 @@ _COMMANDS = {
     "upload": ("sae.hub_upload", "main", "put an SAE on the hub with a card that carries its measured numbers"),
     "scaling": ("sae.scaling_door", "main", "train a grid over width and k, fit the scaling laws, plot them"),
     "codes": ("sae.codes_door", "main", "measure an SAE with other numbers of latents, and with the best activations"),
+    "bench": ("sae.bench_door", "main", "time training steps, ours and those of other libraries (--peers), on a CPU"),
     "inspect": ("sae.__main__", "inspect_main", "say what an SAE of any format or an artefact folder holds"),
 }
 _USAGE = "usage: python -m sae COMMAND [options]\n\ncommands:\n" + "\n".join(

@@ -160,7 +160,8 @@ class Stack:
         for first in range(0, n_saes, room):
             block_RNF = buffer_RNF[: n_saes - first]
             for h_NF, u_ND, sae in zip(block_RNF, u_SND[first:], self.saes[first:], strict=False):
-                ops_cpu.product(*(t.to(self.dtype) for t in (u_ND, sae.W_enc_FD, sae.b_enc_F)), h_NF)
+                W_FD, b_F, kind = sae.W_enc_FD, sae.b_enc_F, self.dtype or torch.float32
+                ops_cpu.product(u_ND.to(kind), W_FD.to(kind), b_F.to(kind), h_NF)
             rows = slice(first * n_tokens, (first + len(block_RNF)) * n_tokens)
             values_MK[rows], indices_MK[rows] = ops.topk(block_RNF.view(-1, n_latents), self.k, exact=exact)
         indices_MK.view(n_saes, -1).add_(torch.arange(n_saes)[:, None] * n_latents)
