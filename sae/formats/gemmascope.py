@@ -21,7 +21,12 @@ from sae.safe_files import npz_names, read_json, read_npz, read_safetensors, saf
 
 NPZ, WEIGHTS, CFG = "params.npz", "params.safetensors", "config.json"
 _TENSORS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
-_SITES = {"res": "resid_post", "resid_post": "resid_post", "mlp": "mlp_out", "mlp_out": "mlp_out", "att": "hook_z"}
+_SITES = {
+    "res": "resid_post", "resid_post": "resid_post", "mlp": "mlp_out", "mlp_out": "mlp_out", "att": "hook_z",
+    "attn_out": "hook_z",
+}  # fmt: skip
+_TRANSCODER = ("layers.{}.pre_feedforward_layernorm", "layers.{}.post_feedforward_layernorm")
+"""What transcoders of both generations read and predict, where no configuration says."""
 
 
 class GemmaScope:
@@ -60,6 +65,11 @@ class GemmaScope:
         d_in, d_sae = encoder.shape
         cfg = _config(file)
         where = _place(file, cfg)
+        scaled: dict[str, Any] = {"recipe": ()}
+        if "embedding" in file.parent.parts[-4:]:  # trained on embeddings without the factor that the model puts on
+            encoder, decoder = encoder / d_in**0.5, decoder * d_in**0.5
+            scaled = {"recipe": ("embedding SAE: W_enc / sqrt(D), W_dec * sqrt(D)",)}
+            where["hookpoint"] = "layers.0:in"
         transcoder = bool(where.pop("transcoder")) or "affine_skip_connection" in tensors
         d_out = int(decoder.shape[-1]) if transcoder else d_in
         skip = tensors.get("affine_skip_connection")
@@ -70,7 +80,7 @@ class GemmaScope:
             W_dec_FD=shaped(file, "w_dec", decoder, (d_sae, d_out)), b_enc_F=_vector(file, tensors, "b_enc", d_sae),
             b_dec_D=_vector(file, tensors, "b_dec", d_out), threshold_F=_vector(file, tensors, "threshold", d_sae),
             apply_b_dec_to_input=False, input_norm=InputNorm(kind="none"), gate_scale="none", k=None,
-            transcoder=transcoder, W_skip_DD=skip, **where,
+            transcoder=transcoder, W_skip_DD=skip, **where, **scaled,
             files=(file, *([file.parent / CFG] if cfg else [])), extra={"gemmascope": cfg},
         )  # fmt: skip
 
@@ -125,14 +135,15 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     parts = file.parent.parts
     text = "/".join([*(part for part in parts[:-4] if part.startswith("models--")), *parts[-4:]])
     layer, l0 = re.search(r"layer_(\d+)", text), re.search(r"average_l0_(\d+)|_l0_(\w+)", text)
-    size = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)-(\w+)", text)
+    size = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)(?:-(\w+))?", text)
     lm = None
     at = file.parent / CFG
     if said(at, cfg, "model_name", str):
         lm = re.sub(r"-v3", "-3", cfg["model_name"])
+        lm = lm.removesuffix("-pt") if lm.endswith("270m-pt") else lm  # the one that is published without it
     elif size is not None:
-        lm = f"google/gemma-{'3' if size.group(1) else '2'}-{size.group(2)}" + ("-it" if size.group(3) == "it" else "")
-    name = size.group(4) if size is not None else file.parent.parent.name
+        lm = _model(int(3 if size.group(1) else 2), size.group(2), size.group(3))
+    name = (size.group(4) if size is not None else None) or file.parent.parent.name
     read, written = (said(at, cfg, f"hf_hook_point_{side}", str) for side in ("in", "out"))
     hook = read or f"{name} layer {layer.group(1) if layer else '?'}"
     if l0:
@@ -143,7 +154,15 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     if native is None and site and layer and read is None:
         native = place(site, int(layer.group(1)), lm or "gemma")
     out = out if transcoder else None
+    if transcoder and layer and read is None:
+        native, out = (hook_point.format(layer.group(1)) for hook_point in _TRANSCODER)
     return {"lm": lm, "hook": hook, "hookpoint": native, "hookpoint_out": out, "transcoder": transcoder}
+
+
+def _model(generation: int, size: str, kind: str) -> str:
+    """gemma-2-2b, gemma-2-2b-it, gemma-3-1b-pt, gemma-3-1b-it, gemma-3-270m: what the hub calls them."""
+    plain = kind == "pt" and (generation == 2 or size == "270m")
+    return f"google/gemma-{generation}-{size}" + ("" if plain else f"-{kind}")
 
 
 def _module(hook: str) -> str | None:

@@ -135,6 +135,30 @@ def test_gemma_scope_transcoders_and_layers_of_a_clt(tmp_path: Path):
         loading.load(other)
 
 
+def test_gemma_scope_by_its_folders_alone(tmp_path: Path):
+    """Embedding SAEs are scaled; hooks of sites and transcoders come from the folders where no configuration says."""
+    w = arrays(2)
+    folder = write_gemma(tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "average_l0_6", w)
+    h = X / D**0.5 @ w["enc"].T + w["b_enc"]
+    z = np.where(h > w["theta"], np.maximum(h, 0), 0)
+    agree(folder, z, z @ (w["dec"] * D**0.5) + w["b_dec"])
+    assert loading.read(folder).hookpoint == "layers.0:in"
+    place = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_4" / "width_16k" / "average_l0_80"
+    p = loading.read(write_gemma(place, w))
+    assert p.transcoder and (p.hookpoint, p.hookpoint_out) == (
+        "layers.4.pre_feedforward_layernorm", "layers.4.post_feedforward_layernorm"
+    )  # fmt: skip
+    assert loading.load(place).cfg.architecture == "jumprelu_transcoder"
+    attention = write_gemma2(tmp_path / "gemma-scope-2-1b-pt" / "attn_out" / "layer_3_width_16k_l0_small", w, None)
+    p = loading.read(attention)
+    assert (p.lm, p.hookpoint) == ("google/gemma-3-1b-pt", "layers.3.self_attn.o_proj:in")
+    small = write_gemma2(tmp_path / "gemma-scope-2-270m-pt" / "resid_post" / "layer_3_width_16k_l0_small", w, None)
+    assert loading.read(small).lm == "google/gemma-3-270m"
+    hooks = {"hf_hook_point_in": "model.layers.9.output", "hf_hook_point_out": "model.layers.9.output"}
+    cfg = {"architecture": "jump_relu", "model_name": "google/gemma-v3-270m-pt", **hooks}
+    assert loading.read(write_gemma2(tmp_path / "s", w, cfg)).lm == "google/gemma-3-270m"
+
+
 @pytest.mark.parametrize("with_norm", [True, False])
 def test_llama_scope_is_its_train_time_gate(tmp_path: Path, with_norm: bool):
     """The library in training: normalise, gate on h (times the decoder norm), compare with theta, denormalise.
