@@ -11,6 +11,7 @@ from planted_store import META, PlantedStore, planted_store
 from sae import stacked_step, train_run
 from sae.base import NormStats
 from sae.config import TrainConfig
+from sae.errors import ConfigError
 from sae.metric_log import MetricLog
 from sae.train import train_many
 
@@ -138,3 +139,15 @@ def test_no_token_and_one_token(store: PlantedStore, tmp_path: Path) -> None:
         want = run.sae.training_loss(n_ND, run.state)
         assert float(found.total) == float(want.total.detach()) and found.l0 == want.l0
     assert isinstance(run.sae.normalise(n_ND)[1], NormStats)
+
+
+def test_a_bfloat16_product_trains_as_well_and_for_topk_alone(
+    store: PlantedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfgs = [replace(CFG, d_sae=256, k=8, dead_tokens=10**6, encoder_dtype=kind) for kind in ("float32", "bfloat16")]
+    full, narrow = trained(cfgs, store, tmp_path, monkeypatch)
+    assert not torch.equal(full.sae.W_enc_FD, narrow.sae.W_enc_FD)
+    assert all(p.dtype == torch.float32 for p in narrow.sae.parameters())
+    assert narrow.last["fvu"] == pytest.approx(full.last["fvu"], rel=0.02)
+    with pytest.raises(ConfigError, match="encoder_dtype is not for 'relu'"):
+        replace(CFG, architecture="relu", encoder_dtype="bfloat16")
