@@ -67,7 +67,7 @@ def _probe(given: argparse.Namespace, p: "Portable", found: "RealInputs") -> int
         f"recipe probe on {len(found.x_ND):,} tokens of {given.check_on}", ("recipe", "FVU", "L0"),
         [(name, f"{fvu:.4f}", f"{l0:.1f}") for name, fvu, l0 in rows], right=(1, 2),
     )  # fmt: skip
-    return inspect.verdict(rows)
+    return inspect.verdict(rows, p.published_l0)
 
 
 def convert_main(arguments: Sequence[str]) -> int:

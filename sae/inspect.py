@@ -18,6 +18,8 @@ from sae.portable import ImportOptions, Portable, naive_forward
 
 PROBE_GAIN = 0.10
 """A single change that lowers FVU by more than this share makes the recipe suspect (FORMATS 7)."""
+L0_SHARE = 0.15
+"""So does an L0 that differs from the published one by more than this share."""
 
 
 def semantics(p: Portable) -> list[tuple[str, str]]:
@@ -37,6 +39,7 @@ def semantics(p: Portable) -> list[tuple[str, str]]:
         ("input norm", norm.kind + details), ("subtracted from the input", bias), ("gate scale", p.gate_scale),
         ("transcoder", "yes" + (", with skip" if p.W_skip_DD is not None else "") if p.transcoder else "no"),
         ("model", p.lm or "not said"), ("hook", p.hook or ""),
+        ("published L0", "" if p.published_l0 is None else f"{p.published_l0:g}"),
         ("hookpoint", p.hookpoint or "not said; give --hookpoint"),
         ("context, BOS", f"{p.context_tokens or 'not said'}, {'not said' if p.prepend_bos is None else p.prepend_bos}"),
         ("applied on reading", "; ".join(p.recipe)),
@@ -133,19 +136,21 @@ def show(path: str | Path, options: ImportOptions) -> Portable:
     return p
 
 
-def suspicion(rows: Sequence[tuple[str, float, float]]) -> str | None:
-    """What is wrong with the first row of :func:`probe`, or None: a change fits clearly better, or the SAE
-    reconstructs worse than the mean."""
-    (_, own, _), *others = rows
+def suspicion(rows: Sequence[tuple[str, float, float]], published_l0: float | None = None) -> str | None:
+    """What is wrong with the first row of :func:`probe`, or None: a change fits clearly better, the SAE reconstructs
+    worse than the mean, or its L0 is off the published one by more than :data:`L0_SHARE`."""
+    (_, own, l0), *others = rows
     best, fvu, _ = min(others, key=lambda row: row[1])
+    if published_l0 is not None and abs(l0 - published_l0) > L0_SHARE * published_l0:
+        return f"L0 {l0:.1f} as imported, {published_l0:g} published; file, model, hookpoint or token filter differ"
     if not (own > 1 or fvu < (1 - PROBE_GAIN) * own):
         return None
     return f"FVU {own:.3f} as imported, {fvu:.3f} {best}; file, model or hookpoint is not what it is taken for"
 
 
-def verdict(rows: Sequence[tuple[str, float, float]]) -> int:
+def verdict(rows: Sequence[tuple[str, float, float]], published_l0: float | None = None) -> int:
     """Exit status of :func:`probe`: 1 for a :func:`suspicion`, which is printed."""
-    found = suspicion(rows)
+    found = suspicion(rows, published_l0)
     if found is not None:
         console.say(f"suspect: {found}")
     return 0 if found is None else 1

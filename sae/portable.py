@@ -90,6 +90,8 @@ class Portable:
     context_tokens: int | None = None
     prepend_bos: bool | None = None
     train_tokens: int | None = None
+    published_l0: float | None = None
+    """Mean active latents per token that the source states for it."""
     recipe: tuple[str, ...] = ()
     """Foldings applied since the file was read."""
     lacks: tuple[str, ...] = ()

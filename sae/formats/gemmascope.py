@@ -134,7 +134,8 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     # In the hub's cache the repository stands above snapshots/<commit>, as models--google--gemma-scope-...
     parts = file.parent.parts
     text = "/".join([*(part for part in parts[:-4] if part.startswith("models--")), *parts[-4:]])
-    layer, l0 = re.search(r"layer_(\d+)", text), re.search(r"average_l0_(\d+)|_l0_(\w+)", text)
+    layer, l0 = re.search(r"layer_(\d+)", text), re.search(r"average_l0_(\d+)", text)
+    label = l0 or re.search(r"width_[^/_]+_l0_(\w+)", text)
     size = re.search(r"gemma-scope-(2-)?(\w+)-(pt|it)(?:-(\w+))?", text)
     lm = None
     at = file.parent / CFG
@@ -146,8 +147,8 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     name = (size.group(4) if size is not None else None) or file.parent.parent.name
     read, written = (said(at, cfg, f"hf_hook_point_{side}", str) for side in ("in", "out"))
     hook = read or f"{name} layer {layer.group(1) if layer else '?'}"
-    if l0:
-        hook = f"{hook} l0 {l0.group(1) or l0.group(2)}"
+    if label:
+        hook = f"{hook} l0 {label.group(1)}"
     transcoder = "transcoder" in text or read != written
     site = _SITES.get(name)
     native, out = (_module(hook_point) if hook_point else None for hook_point in (read, written))
@@ -156,7 +157,11 @@ def _place(file: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     out = out if transcoder else None
     if transcoder and layer and read is None:
         native, out = (hook_point.format(layer.group(1)) for hook_point in _TRANSCODER)
-    return {"lm": lm, "hook": hook, "hookpoint": native, "hookpoint_out": out, "transcoder": transcoder}
+    published = float(l0.group(1)) if l0 else None
+    return {
+        "lm": lm, "hook": hook, "hookpoint": native, "hookpoint_out": out, "transcoder": transcoder,
+        "published_l0": published,
+    }  # fmt: skip
 
 
 def _model(generation: int, size: str, kind: str) -> str:

@@ -210,7 +210,7 @@ def _portable(path: Path, where: Path, cfg: dict[str, Any], architecture: str, o
         group_sizes=_group_sizes(where, widths, d_sae), lm=lm, hook=hook, hookpoint=from_transformer_lens(hook, lm),
         hookpoint_out=from_transformer_lens(hook_out, lm) if transcoder else None,
         context_tokens=said(where, metadata, "context_size", int),
-        prepend_bos=said(where, metadata, "prepend_bos", bool),
+        prepend_bos=said(where, metadata, "prepend_bos", bool), published_l0=said(where, metadata, "l0", (int, float)),
         files=(where, file), version=version, extra={"saelens": metadata},
         lacks=(SCALE,) if options.scale_in is None and cfg["normalize_activations"] == _UNFOLDED else (),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign import arrays, write_gemma
 from safetensors.torch import load_file, save_file
 
 from sae import inspect, loading
@@ -142,3 +143,18 @@ def test_a_file_of_another_library_with_a_forgotten_scale(tmp_path: Path):
         rows = inspect.probe(loading.read(folder), shifted)
         assert (inspect.suspicion(rows) is not None) == suspect, (factor, rows)
     assert np.isfinite([row[1] for row in rows]).all()
+
+
+def test_a_published_l0_is_compared(tmp_path: Path):
+    """Gemma Scope's folders and SAELens's metadata state it; 15 % are allowed."""
+    p, x_ND, _ = planted(False)
+    rows = inspect.probe(p, x_ND)
+    l0 = rows[0][2]
+    assert inspect.suspicion(rows, l0 * 1.1) is None and inspect.suspicion(rows, None) is None
+    assert "published" in str(inspect.suspicion(rows, l0 * 1.25)) and inspect.verdict(rows, l0 / 1.25) == 1
+    folder = copied(tmp_path, "saelens/standard", "cfg.json")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": cfg["metadata"] | {"l0": 71.5}}))
+    assert loading.read(folder).published_l0 == 71.5
+    gemma = write_gemma(tmp_path / "layer_9" / "width_16k" / "average_l0_73", arrays())
+    assert loading.read(gemma).published_l0 == 73 and ("published L0", "73") in inspect.semantics(loading.read(gemma))
