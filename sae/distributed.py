@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae import console, distributed_run, distributed_state, manifest, resume, train
+from sae.activations import ActivationStore
 from sae.config import SubjectMeta, TrainConfig, require
 from sae.distributed_cost import CAPACITY, MeshShape, check_divides, communication_bytes
 from sae.distributed_mesh import CollectiveFailed, Mesh
@@ -100,6 +101,17 @@ def join(
             dist.destroy_process_group()
         except (CollectiveFailed, dist.DistError) as error:
             raise watch.blame(error) from error
+
+
+@dataclass(frozen=True)
+class Share(ActivationStore):
+    """A store whose batches read a part of their rows from disk, and name all."""
+
+    part: slice
+
+    def read(self, flat: Any) -> Tensor:
+        """float32 [n, D] of this rank's part of the indices."""
+        return super().read(flat[self.part])
 
 
 class _Job(NamedTuple):
@@ -206,10 +218,13 @@ def _loop(
     names = f"training {len(runs)} SAE{'s' if len(runs) > 1 else ''} on {mesh.shape}"
     with ExitStack() as stack:
         bar = stack.enter_context(console.progress(names, (last - first) * batch_tokens, "tok")) if team.first else None
-        stream = store.batches(batch_tokens, seed=train.DATA_SEED, epochs=epochs, first=first)
-        for index, (whole_ND, flat) in enumerate(stream, first):
-            part = mesh.part(batch_tokens)
-            x_ND, team.watch.step = whole_ND[part].to(mesh.device), index
+        part, source = mesh.part(batch_tokens), store
+        if isinstance(store, ActivationStore):
+            source = Share(store.folder, store.manifest, store.tokens, part)
+        stream = source.batches(batch_tokens, seed=train.DATA_SEED, epochs=epochs, first=first)
+        for index, (x_ND, flat) in enumerate(stream, first):
+            x_ND = (x_ND if source is not store else x_ND[part]).to(mesh.device)
+            team.watch.step = index
             for run in [run for run in runs if run.active and run.step == index]:
                 distributed_run.step(run, x_ND, mesh, capacity)
                 if run.failure:

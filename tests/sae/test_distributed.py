@@ -15,6 +15,8 @@ from planted_store import META
 
 from sae import distributed, distributed_door, optim, resume, sharded, train_door
 from sae.__main__ import main
+from sae.activations import ActivationStore, capture_activations
+from sae.config import TokensConfig
 from sae.distributed_cost import (
     MeshShape,
     candidates,
@@ -25,7 +27,9 @@ from sae.distributed_cost import (
 )
 from sae.distributed_watch import Who
 from sae.errors import ConfigError
+from sae.language_model import LanguageModel
 from sae.metric_log import read_log
+from sae.tokens import build_tokens
 from sae.train import train_many
 from sae.train_run import run_folder
 
@@ -124,6 +128,27 @@ def test_a_process_that_ended_is_gone() -> None:
 
 def _started(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def test_a_data_rank_reads_its_rows_alone(
+    tiny_lm: LanguageModel, tiny_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of all ranks, one after another, are the batches of one process."""
+    cfg = TokensConfig(text=str(tiny_texts), context_tokens=32, train_tokens=32 * 21)
+    tokens = build_tokens(tmp_path, cfg, tiny_lm.name, tiny_lm.tokenizer)["train"]
+    store = capture_activations(tmp_path, tiny_lm, tokens, "layers.1", store_dtype="float32")
+    whole = list(store.batches(64, seed=0, epochs=2, first=3))
+    rows: list[int] = []
+    real = ActivationStore.read
+    monkeypatch.setattr(ActivationStore, "read", lambda self, flat: rows.append(len(flat)) or real(self, flat))
+    parts = []
+    for rank in range(4):
+        share = distributed.Share(store.folder, store.manifest, store.tokens, slice(16 * rank, 16 * rank + 16))
+        parts.append(list(share.batches(64, seed=0, epochs=2, first=3)))
+    assert set(rows) == {16}
+    for (x_ND, flat), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([x for x, _ in shares]), x_ND)
+        assert all((flat == named).all() for _, named in shares)
 
 
 # -- equality ---------------------------------------------------------------------------------------------------------
