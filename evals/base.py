@@ -173,6 +173,8 @@ class EvalContext:
     """Other seeds of the subject among those measured together."""
     truth: Any = None
     """evals.truth.Truth."""
+    pretraining: Any = None
+    """evals.pretraining.Pretraining: what the user says of the model's pretraining."""
     shared: dict[str, Any] = field(default_factory=dict)
     """Results that do not depend on the subject (clean losses, dense probes, ...), kept for the whole run."""
 

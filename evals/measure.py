@@ -74,6 +74,8 @@ class Measurement:
     force: bool = False
     peers: Callable[[Subject], Sequence[Subject]] = lambda subject: ()
     """Other seeds of a subject among those of this run."""
+    pretraining: Any = None
+    """evals.pretraining.Pretraining."""
     shared: dict[str, Any] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
 
@@ -93,6 +95,7 @@ class Measurement:
             scores=self.scores(sae_id) if "scores" in needs and has_latents else None,
             peers=self.peers(subject) if "peers" in needs else (),
             truth=self.parts["truth"]() if "truth" in needs else None,
+            pretraining=self.pretraining,
             shared=self.shared,
         )
 

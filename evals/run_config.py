@@ -44,6 +44,12 @@ class RunConfig:
     """Seed of sampling and training."""
     task_csv: tuple[str, ...] = ()
     """Own probe tasks beside the preset's: NAME=FILE[:prompt_column:label_column:positive_label]."""
+    truth: Path | None = None
+    """File truth.safetensors (or its folder) of a known dictionary: SAEs of its width are scored against it."""
+    pretraining_tokens: float | None = None
+    """Tokens the model was pretrained on, for the equivalent compute of a rise of loss; known for SmolLM2."""
+    pretraining_curve: Path | None = None
+    """CSV with the columns step and loss of the model's own pretraining, for the same."""
     train_seeds: tuple[int, ...] = ()
     """Seeds of training: every architecture is trained once from each; default: --seed alone."""
     eval_seeds: tuple[int, ...] = ()

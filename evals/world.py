@@ -7,11 +7,13 @@ from evals.base import SAESubject, Subject
 from evals.baselines import baseline_subjects
 from evals.interp import Interpretation
 from evals.measure import Measurement
+from evals.pretraining import Curve, Pretraining
 from evals.probe_activations import ProbeActivations, ProbeConfig, build_probes
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from evals.seeds import peers_of
 from evals.stages import Pipeline
+from evals.truth import Truth
 
 
 def all_subjects(cfg: RunConfig, stages: Pipeline) -> list[Subject]:
@@ -33,6 +35,7 @@ def make_measurement(
 ) -> Measurement:
     """What all pairs of a run share; stores, prompts and scores are made when an evaluation first asks for them."""
     made: dict[str, Any] = {}
+    truth = cfg.truth
 
     def stores() -> dict[str, Any]:
         splits = ("test", *INTERP_SPLITS)
@@ -57,7 +60,9 @@ def make_measurement(
         seed=cfg.seed,
         hookpoint=stages.hookpoint,
         log=log,
-        parts={"stores": stores, "probes": probes},
+        parts={"stores": stores, "probes": probes} | ({"truth": lambda: Truth.open(truth)} if truth else {}),
+        pretraining=Pretraining(
+            cfg.pretraining_tokens, Curve.open(cfg.pretraining_curve) if cfg.pretraining_curve else None),
         latents=lambda sae_id: stages.latents.get(sae_id),
         scores=lambda sae_id: interpretation.scores.get(sae_id) if interpretation else None,
         load_lm=stages.lm_float32,

@@ -18,6 +18,7 @@ from sae.manifest import rng
 if TYPE_CHECKING:
     import torch
 
+    from evals.pretraining import Curve
     from sae.activations import ActivationStore
     from sae.upper import UpperRunner
 
@@ -76,6 +77,10 @@ METRICS = (
            better="higher", low=0.0, high=1.0,
            description="the same with refitted constants; the two differ by up to a factor of 2. " + BY_DOCUMENT,
            reference="Besiroglu et al. 2024 (arXiv 2404.10102)"),
+    Metric(name="equiv_compute_curve", title="Equivalent compute (own curve)", unit="share of pretraining compute",
+           better="higher", low=0.0, high=1.0,
+           description="share of the pretraining at which the LM's own loss was as much higher, by the curve given "
+           "with --pretraining-curve; without one there is no such row. " + BY_DOCUMENT, reference=f"{GAO} 4.1"),
 )
 
 
@@ -259,6 +264,14 @@ def estimates(
     }
 
 
+def on_curve(own: UnitSums, curve: "Curve", ctx: EvalContext) -> Estimate:
+    """The patched loss placed on the subject's own pretraining."""
+    sums = np.stack([own.get("ce.sae") - own.get("ce"), own.get("n")], axis=1)
+    return uncertainty.function_of_sums(
+        sums, lambda s: curve.share(s[..., 0] / s[..., 1]), rng(ctx.seed, "downstream_loss", "equiv_compute_curve"),
+        resamples=uncertainty.resamples_of(ctx.preset))
+
+
 def pretraining_tokens(lm_name: str) -> float | None:
     """Tokens the LM was pretrained on, where published and known here."""
     lowered = lm_name.lower()
@@ -288,7 +301,10 @@ class DownstreamLoss:
         return 0, 3 * self.config(preset)["tokens"] * (n_subjects + 1)
 
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
-        return {"test": ctx.stores["test"].key}
+        known = ctx.pretraining
+        more = {"pretraining_tokens": str(known.tokens)} if known is not None and known.tokens else {}
+        more |= {"curve": known.curve.key} if known is not None and known.curve is not None else {}
+        return {"test": ctx.stores["test"].key, **more}
 
     def run(self, ctx: EvalContext) -> EvalResult:
         import torch
@@ -307,7 +323,11 @@ class DownstreamLoss:
                 f"{self.name}.{store.key}.{ctx.hookpoint}.{ctx.preset}.{ctx.seed}",
                 lambda: shared_passes(passes, mean_D, small))
             own = self._own_passes(ctx, passes, shared)
-        found = estimates(own, shared.sums, pretraining_tokens(lm.name), ctx.seed, uncertainty.resamples_of(ctx.preset))
+        known = ctx.pretraining
+        tokens = known.tokens if known is not None and known.tokens else pretraining_tokens(lm.name)
+        found = estimates(own, shared.sums, tokens, ctx.seed, uncertainty.resamples_of(ctx.preset))
+        if known is not None and known.curve is not None:
+            found["equiv_compute_curve"] = on_curve(own, known.curve, ctx)
         return self._result(ctx, own, shared.sums, found)
 
     def _own_passes(self, ctx: EvalContext, passes: Passes, shared: Shared) -> UnitSums:
