@@ -86,14 +86,15 @@ def decode_error(bench: bench_common.Bench, shape: tuple[int, int, int, int]) ->
     r = (values_NK[:64, :, None].double() * rows).sum(1) + b_D.double() - t_ND[:64].double()
     calls: dict[str, Callable[[], object]] = {}
     used = mse.blocks(d)
-    for gathered, warps in ((launch.ROWS, used.warps), (4, 1), (4, 4), (8, 2), (8, 4)):
-        size = used._replace(warps=warps)
+    tried: list[tuple[int | None, launch.Blocks | None]] = [(None, None)]  # as the training step launches it
+    tried += [(gathered, used._replace(warps=warps)) for gathered, warps in ((4, 1), (4, 4), (8, 2), (8, 4))]
+    for gathered, size in tried:
 
-        def call(gathered: int = gathered, size: launch.Blocks = size) -> mse.DecodeError:
+        def call(gathered: int | None = gathered, size: launch.Blocks | None = size) -> mse.DecodeError:
             return mse.decode_error(values_NK, indices_NK, W_FD, b_D, t_ND, size=size, gathered=gathered)
 
         bench_common.near("decode_error", call().sse_N[:64], r.square().sum(1), 1e-4)
-        calls["triton" if not calls else f"triton-{gathered}x{warps}"] = call
+        calls["triton" if size is None else f"triton-{gathered}x{size.warps}"] = call
     moved = 2.0 * n * k * d + 6.0 * n * d
     bench.run("decode_error", calls, shape, "bfloat16", cold=True, flop=4.0 * n * k * d, moved=moved,
               floor_ms=bench.floor_ms(moved=moved))  # fmt: skip

@@ -235,15 +235,14 @@ def run(bench: bench_common.Bench, jobs: Sequence[tuple[Shape, str]] = SHAPES, o
     with launch.untuned():
         made, kept = tune(bench, jobs)
     fresh = {_key(e) for e in (*made, *kept)}
-    names = ("kernel", "dtype", "d", "f", "k", "settings")
-    old = [
-        dict(zip(names, (e.kernel, e.dtype, *e.sizes, e.settings), strict=True))
-        for e in (before.entries if before else ()) if (e.kernel, e.dtype, *e.sizes) not in fresh
-    ]  # fmt: skip
+    names = ("kernel", "dtype", "d", "f", "k")
+    for entry in before.entries if before else ():
+        old: dict[str, Any] = dict(zip(names, (entry.kernel, entry.dtype, *entry.sizes), strict=True))
+        if _key(old) not in fresh:
+            (kept if entry.settings is None else made).append(old | {"settings": entry.settings})
     tuned.write(
-        path, device, version, [*old, *made], torch=torch.__version__, made=f"{datetime.now(UTC):%Y-%m-%d}",
-        constants_are_best=kept,
-    )  # fmt: skip
+        path, device, version, made, kept, torch=torch.__version__, made=f"{datetime.now(UTC):%Y-%m-%d}"
+    )
     launch.forget()
     print(f"{len(made)} settings of {len(made) + len(kept)} differ from the constants -> {path}")
     return path

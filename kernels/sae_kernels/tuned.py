@@ -54,7 +54,8 @@ class Entry(NamedTuple):
     dtype: str
     sizes: tuple[int, int, int]
     """Classes of D, F and K: the least power of two that is not below them; 0 where a kernel does not depend on it."""
-    settings: Settings
+    settings: Settings | None
+    """None: measured, and the constants beside the kernel are as good."""
 
 
 class Table(NamedTuple):
@@ -132,15 +133,23 @@ def parse(text: str) -> Table:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"no table of launch settings of format {FORMAT}")
     entries = []
-    for item in data["entries"] if isinstance(data.get("entries"), list) else [None]:
-        if not isinstance(item, dict) or {"kernel", "dtype", "d", "f", "k", "settings"} - set(item):
-            raise ValueError("an entry wants kernel, dtype, d, f, k and settings")
-        sizes = (item["d"], item["f"], item["k"])
-        if any(type(n) is not int or n < 0 or size_class(n) != n for n in sizes):
-            raise ValueError(f"classes of sizes are powers of two, got {sizes}")
-        settings = check(item["kernel"], item["dtype"], item["settings"])
-        entries.append(Entry(item["kernel"], item["dtype"], sizes, settings))
+    for part in ("entries", "constants_are_best"):
+        items = data.get(part, [] if part == "constants_are_best" else None)
+        if not isinstance(items, list):
+            raise ValueError(f"{part} must be a list")
+        entries += [_entry(item, part == "entries") for item in items]
     return Table(str(data.get("device", "")), str(data.get("triton", "")), tuple(entries))
+
+
+def _entry(item: object, with_settings: bool) -> Entry:
+    wanted = {"kernel", "dtype", "d", "f", "k"} | ({"settings"} if with_settings else set())
+    if not isinstance(item, dict) or wanted - set(item):
+        raise ValueError(f"an entry wants {', '.join(sorted(wanted))}")
+    sizes = (item["d"], item["f"], item["k"])
+    if any(type(n) is not int or n < 0 or size_class(n) != n for n in sizes):
+        raise ValueError(f"classes of sizes are powers of two, got {sizes}")
+    settings = check(item["kernel"], item["dtype"], item["settings"]) if with_settings else None
+    return Entry(str(item["kernel"]), str(item["dtype"]), sizes, settings)
 
 
 def read(path: Path, device: str, triton: str | None = None) -> Table | None:
@@ -162,7 +171,7 @@ def read(path: Path, device: str, triton: str | None = None) -> Table | None:
 
 def find(tables: Iterable[Table], kernel: str, dtype: str, d: int, f: int = 0, k: int = 0) -> Settings | None:
     """Settings of the first table that has the kernel, the type and the class of D; of several entries there the one
-    whose classes of F and K are nearest (fewest doublings, the first of equal ones)."""
+    whose classes of F and K are nearest (fewest doublings, the first of equal ones). None: the constants."""
     wanted = (size_class(f), size_class(k))
     for table in tables:
         fitting = [e for e in table.entries if (e.kernel, e.dtype, e.sizes[0]) == (kernel, dtype, size_class(d))]
@@ -175,12 +184,16 @@ def _doublings(one: Sequence[int], other: Sequence[int]) -> int:
     return sum(abs(a.bit_length() - b.bit_length()) for a, b in zip(one, other, strict=True))
 
 
-def write(path: Path, device: str, triton: str, entries: Sequence[Mapping[str, Any]], **notes: object) -> None:
+def write(
+    path: Path, device: str, triton: str, entries: Sequence[Mapping[str, Any]],
+    constants_are_best: Sequence[Mapping[str, Any]] = (), **notes: object,
+) -> None:  # fmt: skip
     """Write a table in one step: a reader sees the old file or the new one. Entries may carry their times.
 
     ``ValueError`` for an entry that could not be read again; nothing is written then.
     """
-    data = {"format": FORMAT, "device": device, "triton": triton, **notes, "entries": list(entries)}
+    data = {"format": FORMAT, "device": device, "triton": triton, **notes}
+    data |= {"constants_are_best": list(constants_are_best), "entries": list(entries)}
     text = json.dumps(data, indent=1) + "\n"
     parse(text)
     path.parent.mkdir(parents=True, exist_ok=True)

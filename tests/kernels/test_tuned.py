@@ -69,6 +69,20 @@ def test_settings_are_found_by_kernel_type_and_class_of_sizes(cache: Path) -> No
         assert launch.tuned("topk_bulk", half, f, k) == found, (f, k)
 
 
+def test_where_the_constants_were_measured_best_they_hold(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = entry("topk_bulk", BULK, d=1_024, f=2**17, k=64, dtype="bfloat16")
+    kept = {name: value for name, value in (far | {"f": 2**15}).items() if name != "settings"}
+    tuned.write(cache, NAME, triton.__version__, [far], [kept])
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setattr(tuned, "shipped_file", lambda device: shipped)
+    put(shipped, far)
+    half = rows(768, torch.bfloat16)
+    assert launch.tuned("topk_bulk", half, 2**17, 64) == BULK
+    assert launch.tuned("topk_bulk", half, 2**15, 64) is None, "not the settings of another size, nor the package's"
+
+
 def test_the_user_comes_before_the_package_but_not_in_deterministic_mode(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
