@@ -56,7 +56,7 @@ def health(p: Portable) -> list[tuple[str, str]]:
     silent = int((decoder_F == 0).sum())
     if silent:
         rows.append(("! decoder rows of length 0", f"{silent:,} of {p.d_sae:,}"))
-    if p.W_dec_FD.shape[1] == p.d_in:
+    if not p.transcoder:  # whose rows lie in two spaces
         cosine_F = (p.W_enc_FD.double() * p.W_dec_FD.double()).sum(1) / (encoder_F * decoder_F).clamp_min(1e-30)
         mark = "! " if float(cosine_F.median()) < 0 else ""
         rows.append((f"{mark}cosine of encoder and decoder rows", _spread(cosine_F)))

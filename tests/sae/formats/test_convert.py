@@ -218,6 +218,8 @@ def test_health_marks_what_is_odd():
     p.threshold_F = p.threshold_F - 0.5
     marked = [name for name, _ in inspect.health(p) if name.startswith("!")]
     assert marked == ["! decoder rows of length 0", "! thresholds below 0"]
+    assert any("cosine" in name for name, _ in inspect.health(p))
+    assert not any("cosine" in name for name, _ in inspect.health(loading.read(CASES["saelens/transcoder"])))
 
 
 def door(*words: str) -> subprocess.CompletedProcess[str]:
