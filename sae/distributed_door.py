@@ -110,6 +110,8 @@ def _train(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], team: "Team", show: Sh
 
 def _collected(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], shape: MeshShape) -> list[dict[str, Any]]:
     """By rank 0: where the activations of each hookpoint are, and what they are of; none after ``--plan``."""
+    import torch
+
     from sae import predict as small
     from sae.activations import ActivationStore
     from sae.subjects import collect_all, expected_kept, meta_of, subject
@@ -117,6 +119,11 @@ def _collected(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], shape: MeshShape) 
 
     found = subject(cfg)
     small.check_enough(len(expected_kept(found, cfg.filter)), cfgs)
+    n = found.tokens.n_tokens
+    disk = sum(n * width * 2 + n for store, width in zip(found.stores, found.widths, strict=True) if store is None)
+    small.check_cap(disk, cfg.stream.disk_gb, n)
+    small.check_fits([([], found.widths)], cfg.root, disk, torch.device(cfg.device))
+    console.say(f"activations: {disk / 1e9:.3f} GB to collect, by rank 0; {n:,} tokens")
     for hookpoint, width in zip(found.hookpoints, found.widths, strict=True):
         _print_plan(cfg, cfgs, hookpoint, width, shape)
     if cfg.plan:

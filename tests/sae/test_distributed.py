@@ -13,7 +13,7 @@ import torch
 from mesh_checks import BATCHTOPK, JUMPRELU, TOPK, equal_rows, equal_saes, equal_steps, float64, kill_one, step_folder
 from planted_store import META
 
-from sae import distributed, distributed_door, optim, resume, sharded, train_door
+from sae import checkpoint, distributed, distributed_door, optim, resume, sharded, train_door
 from sae.__main__ import main
 from sae.activations import ActivationStore, capture_activations
 from sae.config import TokensConfig
@@ -162,6 +162,34 @@ def test_a_mesh_of_one_needs_no_process_group(tmp_path: Path) -> None:
         assert folder.name == one.name and not run_folder(folder).exists()
         equal_saes(folder, one, 1e-7)
         equal_rows(folder / "train.jsonl", one / "train.jsonl", 1e-9)
+
+
+SMALL = (
+    "--tokens.context-tokens=32 --tokens.train-tokens=2048 --train.d-sae=64 --train.k=4 --train.batch-tokens=128 "
+    "--train.train-tokens=1280 --train.aux-k=8 --train.dead-tokens=256"
+).split()
+
+
+def test_the_door_takes_a_mesh_of_one(
+    tiny_lm_dir: Path, tiny_texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same options, SAEs of the same names and all but the same weights; a plan trains nothing."""
+    words = ["train", f"--model={tiny_lm_dir}", f"--texts={tiny_texts}", *SMALL, "--hookpoint=layers.0,layers.1"]
+    mesh = [*words, "--mesh=data=1,latent=1", f"--root={tmp_path / 'mesh'}"]
+    assert main([*mesh, "--plan"]) == 0 and not (tmp_path / "mesh" / "saes").exists()
+    assert "layers.1: expected on data=1,latent=1" in capsys.readouterr().out
+    assert main(mesh) == 0 and "trained" in capsys.readouterr().out
+    assert main([*words, f"--root={tmp_path / 'one'}"]) == 0
+    found, expected = (sorted((tmp_path / root / "saes").iterdir()) for root in ("mesh", "one"))
+    assert [f.name for f in found] == [f.name for f in expected] and len(found) == 2
+    for folder, one in zip(found, expected, strict=True):
+        equal_saes(folder, one, 1e-4)
+        checkpoint.load(folder)
+    for wrong, said in (
+        (["--stream.source=live"], "stored activations"), (["--stream.disk-gb=1e-6", "--force"], "--stream.disk-gb"),
+        (["--distributed.capacity=0.5"], "capacity"), (["--mesh=data=2"], "--nproc-per-node 2"),
+    ):  # fmt: skip
+        assert main([*mesh, *wrong]) == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("float64")
