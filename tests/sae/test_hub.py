@@ -104,6 +104,15 @@ def test_a_revision_is_pinned(server: Hub):
         loading.load("org/a@v9")
 
 
+def test_run_all_imports_by_the_same_ids(server: Hub, tmp_path: Path):
+    """What --sae does: a native folder below the run's root, made once, that knows where it came from."""
+    commit = server.add("org/a", content(GOLDENS / "saelens/topk", "sub/"))
+    folder = loading.import_into(tmp_path / "root", "org/a/sub")
+    assert folder.parent == tmp_path / "root" / "saes" and folder.name.startswith("saelens.")
+    assert json.loads((folder / "cfg.json").read_text())["extra"]["hub"] == f"org/a/sub@{commit}"
+    assert loading.import_into(tmp_path / "root", "org/a/sub") == folder
+
+
 def test_without_a_network_the_cache_serves(server: Hub, monkeypatch: pytest.MonkeyPatch):
     server.add("org/a", content(GOLDENS / "saelens/topk", "sub/"))
     before = loading.load("org/a/sub")
