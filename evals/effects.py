@@ -8,14 +8,14 @@ D = d_in, L tokens of a row, T tokens from the peak on, V vocabulary, S windows.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autointerp.records import EXPLAIN, Exemplar, Failure, Record
-from autointerp.tables import read_jsonl, write_jsonl
+from autointerp.records import EXPLAIN, Exemplar, Failure
+from autointerp.tables import write_jsonl
+from evals.effect_records import FILE, LatentEffect
 from sae.console import track
 from sae.errors import Unsupported
 from sae.manifest import artefact_dir, is_complete, key_of, writing
@@ -28,37 +28,9 @@ if TYPE_CHECKING:
     from sae.upper import UpperRunner
 
 KIND, STAGE_VERSION = "effects", 1
-FILE = "effects.jsonl"
 T_POSITIONS = 8
 LISTED = 8
 """Raised and lowered tokens that are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentEffect(Record):
-    """Means over the windows on which a latent was taken out; every difference is clean minus ablated."""
-
-    sae_id: str
-    latent: int
-    n_windows: int
-    n_tokens: int = 0
-    """Next tokens behind ``loss_rise``."""
-    loss_rise: float | None = None
-    """nats per token by which the loss of the next tokens (the peak's own first) rises without the latent."""
-    kl: float | None = None
-    """KL(clean || ablated) of the next token at the peak, nats."""
-    raised: tuple[tuple[str, float], ...] = ()
-    """Tokens that the latent makes likelier at its peak, with the change of probability; largest first."""
-    lowered: tuple[tuple[str, float], ...] = ()
-    failures: dict[str, int] = field(default_factory=dict)
-    """Windows left out, by failure code."""
-    failure: Failure | None = None
-    """Why there is no effect at all to report."""
-
-    def __post_init__(self) -> None:
-        for name in ("raised", "lowered"):  # JSON has no tuples
-            pairs = tuple((str(token), float(change)) for token, change in getattr(self, name))
-            object.__setattr__(self, name, pairs)
 
 
 def strongest(exemplars: Sequence[Exemplar], wanted: int) -> list[Exemplar]:
@@ -123,7 +95,7 @@ def effect_of(
             failed["no_active_latent"] += 1
             continue
         found.append(_measure(window, active.vectors_AD[int(mine[0, 0])], upper, lm.device))
-    base = {"sae_id": subject.info.sae_id, "latent": latent, "n_windows": len(found), "failures": dict(failed)}
+    base: dict[str, Any] = {"sae_id": subject.info.sae_id, "latent": latent, "n_windows": len(found), "failures": dict(failed)}
     if not found:
         code = "no_active_latent" if windows else "too_few_positive"
         return LatentEffect(**base, failure=Failure(code=code, stage=KIND, detail="no window with the latent active"))
@@ -172,8 +144,3 @@ def build_effects(
         failures = Counter(f.failure.code for f in found if f.failure is not None)
         out.counts |= {"sae_id": table.sae_id, "n_latents": len(found), "failures": dict(sorted(failures.items()))}
     return folder
-
-
-def read_effects(folder: Path) -> dict[int, LatentEffect]:
-    """Effects by latent."""
-    return {e.latent: e for e in read_jsonl(Path(folder) / FILE, LatentEffect)}

@@ -21,7 +21,7 @@ from autointerp.records import (
 )
 from autointerp.tables import read_jsonl, read_parquet
 from evals.board import plain
-from evals.effects import LatentEffect, read_effects
+from evals.effect_records import LatentEffect, read_effects
 from evals.page_tokens import TokenReader, read_tokenizer
 from sae.errors import ArtefactError
 from sae.manifest import is_complete, read_manifest

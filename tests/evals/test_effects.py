@@ -11,7 +11,8 @@ import torch
 from memory_store import MemoryStore, memory_store, topk_subject
 
 from autointerp.records import Exemplar
-from evals.effects import T_POSITIONS, build_effects, effect_of, next_tokens, read_effects, strongest
+from evals.effect_records import read_effects
+from evals.effects import T_POSITIONS, build_effects, effect_of, next_tokens, strongest
 from sae.errors import Unsupported
 from sae.manifest import is_complete
 

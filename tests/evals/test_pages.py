@@ -21,7 +21,7 @@ from autointerp.pipeline import open_explanations, open_scores
 from autointerp.records import Explanation, Failure
 from evals import pages
 from evals.board import build_board
-from evals.effects import LatentEffect
+from evals.effect_records import LatentEffect
 from evals.page_data import LatentData, SaeData, SiteData, artefacts, load_site_data
 from evals.page_tokens import TokenReader
 from evals.results import load_results

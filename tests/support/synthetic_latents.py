@@ -15,7 +15,7 @@ from autointerp.records import (
     ScoreItem,
     Simulation,
 )
-from evals.effects import LatentEffect
+from evals.effect_records import LatentEffect
 from evals.page_data import LatentData, SaeData
 from evals.page_tokens import TokenReader
 
