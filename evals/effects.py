@@ -95,7 +95,8 @@ def effect_of(
             failed["no_active_latent"] += 1
             continue
         found.append(_measure(window, active.vectors_AD[int(mine[0, 0])], upper, lm.device))
-    base: dict[str, Any] = {"sae_id": subject.info.sae_id, "latent": latent, "n_windows": len(found), "failures": dict(failed)}
+    base: dict[str, Any] = {"sae_id": subject.info.sae_id, "latent": latent, "n_windows": len(found)}
+    base["failures"] = dict(failed)
     if not found:
         code = "no_active_latent" if windows else "too_few_positive"
         return LatentEffect(**base, failure=Failure(code=code, stage=KIND, detail="no window with the latent active"))
