@@ -9,6 +9,7 @@ from pathlib import Path
 from evals import leaderboard
 from evals.interp import Interpretation
 from evals.measure import Elsewhere, select
+from evals.random_model import measure_random_model
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from evals.stages import Pipeline, free_disk_gb, lm_description
@@ -42,6 +43,8 @@ def run_job(cfg: RunConfig) -> int:
     measurement = make_measurement(cfg, stages, interpretation, log)
     measurement.run_all(
         evaluations, all_subjects(cfg, stages), asked=cfg.evals, seeds=cfg.eval_seeds, elsewhere=_elsewhere(cfg))
+    if cfg.random_model:
+        measurement.folders += measure_random_model(cfg, stages.hookpoint, evaluations, interpretation, log)
     with log.stage("leaderboard and pages"):
         log.notes["rows"] = measurement.counts()
         log.write()

@@ -33,7 +33,8 @@ class RunConfig:
     texts: str = "default"
     """`default`, a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
     sae: tuple[str, ...] = ()
-    """Folders or files of existing SAEs to evaluate instead of training, of any format that sae.load reads."""
+    """Folders, files or hub ids (org/repo[/subfolder][@revision]) of SAEs to evaluate instead of training, of any format
+    that sae.load reads."""
     evals: tuple[str, ...] = ()
     """Evaluations to run (see --list); default: all."""
     architectures: tuple[str, ...] = ("topk", "relu")
@@ -44,6 +45,9 @@ class RunConfig:
     """Seed of sampling and training."""
     task_csv: tuple[str, ...] = ()
     """Own probe tasks beside the preset's: NAME=FILE[:prompt_column:label_column:positive_label]."""
+    random_model: bool = False
+    """Also train and measure an SAE of the model with random weights, as a floor; costs about as much as one SAE and
+    the collecting of its activations."""
     truth: Path | None = None
     """File truth.safetensors (or its folder) of a known dictionary: SAEs of its width are scored against it."""
     pretraining_tokens: float | None = None
