@@ -19,7 +19,7 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 SHAPES = {  # N, K, F, D
     "odd": (3, 5, 17, 23), "one slot": (4, 1, 9, 48), "all slots": (3, 7, 7, 100), "one channel": (2, 3, 5, 1),
-    "one token": (1, 12, 8, 576),
+    "one token": (1, 12, 8, 576), "more than 512 slots": (2, 520, 40, 6),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SHAPES = {  # N, K, F, D
     "odd": (3, 5, 17, 23), "one slot": (4, 1, 9, 33), "all slots": (3, 7, 7, 16), "one channel": (2, 3, 5, 1),
     "one token": (1, 4, 8, 48), "power of two": (4, 8, 16, 32), "two channel blocks": (2, 3, 6, 1_040),
+    "more than 512 slots": (2, 520, 40, 6),
 }  # fmt: skip
 
 

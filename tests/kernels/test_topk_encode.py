@@ -217,6 +217,20 @@ def test_many_slots_go_through_torch_topk(k: int, poisoned: None) -> None:
     assert_largest(encode(u, W, b, k, bn=64, exact=True), pre_activations(u, W, b), k, GATHERED)
 
 
+@pytest.mark.parametrize("path", ["B", "C"])
+def test_more_than_512_slots(path: str, poisoned: None) -> None:
+    n, k, f = 2, 600, 4_864
+    u, W, b = operands(n, 6, f)
+    h = pre_activations(u, W, b)
+    found = encode(u, W, b, k, path=path, exact=True)
+    assert_largest(found, h, k, 1e-5, rank=1e-5)
+    quick = encode(u, W, b, k, path=path)  # what is not exact is flagged
+    exact = code(found[0], found[1], f)
+    for token in range(n):
+        same = (code(quick[0], quick[1], f)[token] - exact[token]).abs().max() <= 2e-5 * float(h.abs().max())
+        assert bool(same) or int(quick[2][token]) != te.topk_select.EXACT
+
+
 @pytest.mark.parametrize("path", ["A", "B"])
 def test_slabs_blocks_and_slices_of_any_size_give_the_same(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     u, W, b = operands(7, 20, 330)
