@@ -168,8 +168,8 @@ class Feed:
 
     # -- the producer's side ------------------------------------------------------------------------------------
     def _work(self) -> None:
-        torch.set_num_threads(self._n_threads)  # a new thread would begin with all cores
         try:
+            torch.set_num_threads(self._n_threads)  # a new thread would begin with all cores
             if self._cuda is None:
                 self._produce()
             else:

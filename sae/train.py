@@ -153,6 +153,7 @@ def _begin(missing: Sequence[_Plan], device: torch.device, mirror: MakeMirror | 
     for plan, step in zip(missing, saved, strict=True):
         if plan.store is not sampled:
             flat, sampled = _start_tokens(plan.store), plan.store
+            sample_ND = torch.empty(0)  # that of the last hookpoint goes before the next one comes
             sample_ND = plan.store.read(flat).float().to(device)
         mirrored = None if mirror is None else mirror(plan.folder.name, identity(plan.cfg))
         log = stack.enter_context(MetricLog(run_folder(plan.folder) / "train.jsonl", mirrored))
