@@ -10,7 +10,18 @@ from typing import Any
 import mesh_work
 import pytest
 import torch
-from mesh_checks import BATCHTOPK, JUMPRELU, TOPK, equal_rows, equal_saes, equal_steps, float64, kill_one, step_folder
+from mesh_checks import (
+    BATCHTOPK,
+    ENDS_WITHIN_S,
+    JUMPRELU,
+    TOPK,
+    equal_rows,
+    equal_saes,
+    equal_steps,
+    float64,
+    kill_one,
+    step_folder,
+)
 from planted_store import META
 
 from sae import checkpoint, distributed, distributed_door, optim, resume, sharded, train_door
@@ -185,6 +196,9 @@ def test_the_door_takes_a_mesh_of_one(
     for folder, one in zip(found, expected, strict=True):
         equal_saes(folder, one, 1e-4)
         checkpoint.load(folder)
+    made = [(folder / "manifest.json").stat().st_mtime_ns for folder in found]
+    assert main(mesh) == 0
+    assert made == [(folder / "manifest.json").stat().st_mtime_ns for folder in found], "complete SAEs stay"
     for wrong, said in (
         (["--stream.source=live"], "stored activations"), (["--stream.disk-gb=1e-6", "--force"], "--stream.disk-gb"),
         (["--distributed.capacity=0.5"], "capacity"), (["--mesh=data=2"], "--nproc-per-node 2"),
@@ -214,7 +228,7 @@ def test_two_latent_ranks_equal_one_process(tmp_path: Path) -> None:
 
 def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
     ended = kill_one(tmp_path, "latent=2", victim=1)
-    assert ended["codes"][0] not in (0, None) and ended["seconds"] < 15
+    assert ended["codes"][0] not in (0, None) and ended["seconds"] < ENDS_WITHIN_S
     assert "rank 0 ends because rank 1 (process" in ended["text"][0]
     assert "is gone" in ended["text"][0] and "after step 6" in ended["text"][0]
     assert step_folder(tmp_path / "mesh", TOPK, 6).is_dir(), "the last good step stays"

@@ -12,7 +12,18 @@ from typing import Any
 import mesh_work
 import pytest
 import torch
-from mesh_checks import BATCHTOPK, JUMPRELU, TOPK, equal_rows, equal_saes, equal_steps, float64, kill_one, step_folder
+from mesh_checks import (
+    BATCHTOPK,
+    ENDS_WITHIN_S,
+    JUMPRELU,
+    TOPK,
+    equal_rows,
+    equal_saes,
+    equal_steps,
+    float64,
+    kill_one,
+    step_folder,
+)
 from planted_store import META
 
 from sae import checkpoint, ops, resume
@@ -163,7 +174,7 @@ def test_what_is_sent_is_what_was_said(change: dict[str, Any], capacity: float |
 def test_whoever_is_killed_is_named(mesh: str, victim: int, tmp_path: Path) -> None:
     """Rank 0 keeps the store of the process group here; its death is noticed all the same."""
     ended = kill_one(tmp_path, mesh, victim)
-    assert ended["seconds"] < 15
+    assert ended["seconds"] < ENDS_WITHIN_S
     for rank, (code, text) in enumerate(zip(ended["codes"], ended["text"], strict=True)):
         if rank != victim:
             assert code not in (0, None) and f"rank {rank} ends because rank {victim} (process" in text, text
@@ -171,7 +182,7 @@ def test_whoever_is_killed_is_named(mesh: str, victim: int, tmp_path: Path) -> N
 
 def test_one_that_is_silent_is_named(tmp_path: Path) -> None:
     ended = kill_one(tmp_path, "latent=2", 1, signal.SIGSTOP, silent_s=3.0)
-    assert ended["codes"][0] not in (0, None) and ended["seconds"] < 3 + 15
+    assert ended["codes"][0] not in (0, None) and ended["seconds"] < 3 + ENDS_WITHIN_S
     assert "rank 0 ends because rank 1" in ended["text"][0] and "silent for 3 s after step 6" in ended["text"][0]
 
 
@@ -242,6 +253,7 @@ def launched(words: list[str], **environment: str) -> subprocess.CompletedProces
     return subprocess.run(words, capture_output=True, text=True, timeout=240, env=found)
 
 
+@pytest.mark.timeout(900)
 def test_torchrun_trains_what_one_process_trains(tiny_lm_dir: Path, tiny_texts: Path, tmp_path: Path) -> None:
     words = [f"--model={tiny_lm_dir}", f"--texts={tiny_texts}", *SMALL, "--grid", "architecture=topk,relu"]
     alone = launched([sys.executable, "-m", "sae", "train", *words, f"--root={tmp_path / 'one'}"])
@@ -258,14 +270,11 @@ def test_torchrun_trains_what_one_process_trains(tiny_lm_dir: Path, tiny_texts: 
         equal_rows(found / "train.jsonl", expected / "train.jsonl", 1e-4)
         assert read_manifest(found)["counts"]["mesh"] == "data=2,latent=2"
         checkpoint.load(found)
-    again = launched([*LAUNCH, "--mesh=latent=4", *words, f"--root={tmp_path / 'mesh'}"])
-    assert again.returncode == 0 and again.stderr.count("training 2 SAEs") == 0, "complete SAEs are not trained again"
-    plan = launched([*LAUNCH, "--mesh=latent=4", *words, f"--root={tmp_path / 'plan'}", "--plan"])
-    assert plan.returncode == 0 and not (tmp_path / "plan" / "saes").exists()
     wrong = launched([*LAUNCH, "--mesh=data=2", *words, f"--root={tmp_path / 'wrong'}"])
     assert wrong.returncode != 0 and wrong.stderr.count("error: the mesh data=2,latent=1 has 2 ranks, 4") == 1
 
 
+@pytest.mark.timeout(900)
 def test_torchrun_ends_and_names_a_killed_rank(tiny_lm_dir: Path, tiny_texts: Path, tmp_path: Path) -> None:
     words = [f"--model={tiny_lm_dir}", f"--texts={tiny_texts}", *SMALL, "--train.train-tokens=64000000"]
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
@@ -282,7 +291,7 @@ def test_torchrun_ends_and_names_a_killed_rank(tiny_lm_dir: Path, tiny_texts: Pa
         os.kill(victim, signal.SIGKILL)
         begun = time.monotonic()
         assert agent.wait(timeout=60) != 0
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < ENDS_WITHIN_S
     finally:
         agent.kill()
     text = output.read_text()

@@ -27,6 +27,8 @@ TOPK = TrainConfig(
     dead_tokens=128, seed=0, ema_decay=0.9, grad_clip=0.5,
 )  # fmt: skip
 BATCHTOPK, JUMPRELU = (replace(TOPK, architecture=name) for name in ("batchtopk", "jumprelu"))
+ENDS_WITHIN_S = 30.0
+"""After a kill, on a machine that may be busy; measured 3 to 11 s (decision 016)."""
 CLOCK = ("seconds", "tokens_per_s", "mesh", "capacity_overflow")
 
 
