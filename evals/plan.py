@@ -90,8 +90,19 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
         lines.append(PlanLine("effects", passed * upper_s, f"{n} windows, {passed:,} tokens above the hookpoint"))
     for evaluation in select(cfg.evals, cfg.preset):
         lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
+    if cfg.random_model:
+        lines.append(_random_model_line(lines, n_saes))
     lines.append(PlanLine("leaderboard and pages", 5, ""))
     return lines
+
+
+def _random_model_line(lines: list[PlanLine], n_saes: int) -> PlanLine:
+    """Collecting its activations, one SAE more, and that SAE's share of latents, explanations and scores."""
+    collecting = sum(p.seconds for p in lines if p.stage.startswith("activations"))
+    training = sum(p.seconds for p in lines if p.stage == "train SAEs") / n_saes
+    shared = sum(p.seconds for p in lines if p.stage in ("latents", "explanations", "scores")) / (n_saes + 1)
+    disk = sum(p.disk_gb for p in lines if p.stage.startswith("activations"))
+    return PlanLine("random-weights model", collecting + training + shared, "activations and one SAE anew", disk)
 
 
 def _train_line(cfg: RunConfig, d_in: int, speed: float) -> PlanLine:
