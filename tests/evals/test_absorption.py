@@ -197,6 +197,8 @@ class SpellingLM:
 class LetterSAE:
     """One latent per letter: z = relu(x·g - 1)."""
 
+    transcodes = False
+
     def __init__(self, lm: SpellingLM, good: bool = True) -> None:
         self.W_dec_FD = lm.directions[:26] if good else lm.directions[30:56]
 
