@@ -1,6 +1,6 @@
-"""Door of ``python -m autointerp``: look at explanations, export them as a dataset.
+"""Door of ``python -m autointerp``: explain and score latents, look at explanations, export them, take some in.
 
-Explaining and scoring themselves run inside ``python -m evals.run_all``, which makes what they need.
+SAEs, latent caches and exemplars are made by ``python -m evals.run_all``.
 """
 
 import argparse
@@ -8,15 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from autointerp.doors import add_explain, add_score, newest_artefact, run_explain, run_score
 from sae import console
-from sae.errors import SaescopeError
+from sae.errors import BudgetExceeded, SaescopeError
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m autointerp", description="Explanations of SAE latents.")
     doors = parser.add_subparsers(dest="door", required=True)
+    add_explain(doors)
+    add_score(doors)
     export = doors.add_parser("export", help="write the explanation dataset: parquet tables and a card")
     export.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     export.add_argument("--out", type=Path, help="folder to write (default: ROOT/dataset)")
@@ -29,6 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     pedia.add_argument("--out", type=Path, help="folder to write (default: ROOT/neuronpedia)")
     pedia.add_argument("--tokenizer", type=Path, required=True, help="folder of the subject model, or tokenizer.json")
     pedia.add_argument("--model-id", help="Neuronpedia's id of the subject model (default: its name)")
+    take = doors.add_parser("import-neuronpedia", help="take in explanations of a Neuronpedia export, to be scored")
+    take.add_argument("folder", type=Path, help="folder of one source, with explanations/batch-N.jsonl.gz inside")
+    take.add_argument("--sae", required=True, help="the SAE below ROOT/saes whose latents they are about")
+    take.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     batch = doors.add_parser("batch-read", help="put the replies of OpenAI batch output files into the reply cache")
     batch.add_argument("files", type=Path, nargs="+", help="output (and error) files of finished batches")
     batch.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
@@ -75,6 +82,19 @@ def _export_neuronpedia(options: argparse.Namespace) -> None:
         console.say(str(folder))
 
 
+def _import_neuronpedia(options: argparse.Namespace) -> None:
+    from autointerp.exemplars import ExemplarTable
+    from autointerp.neuronpedia import import_explanations
+    from sae.errors import ArtefactError
+
+    newest = newest_artefact(options.root, "exemplars", options.sae)
+    if newest is None:
+        raise ArtefactError(f"{options.root} holds no exemplars of {options.sae!r}; expected an SAE of a finished run")
+    folder = import_explanations(options.root, options.folder, ExemplarTable.open(newest))
+    console.say(f"score them with: python -m autointerp score --root {options.root} --explanations {folder.name}")
+    console.say(str(folder))
+
+
 def _read_batch(files: Sequence[Path], root: Path) -> None:
     from autointerp.batch_files import read_replies
     from autointerp.reply_cache import ReplyCache
@@ -94,6 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.door == "show":
             _show(options.root)
+        elif options.door == "explain":
+            run_explain(options)
+        elif options.door == "score":
+            run_score(options)
+        elif options.door == "import-neuronpedia":
+            _import_neuronpedia(options)
         elif options.door == "export-neuronpedia":
             _export_neuronpedia(options)
         elif options.door == "batch-read":
@@ -107,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except SaescopeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_BUDGET if isinstance(error, BudgetExceeded) else EXIT_FAILED
     return EXIT_OK
 
 

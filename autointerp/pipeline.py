@@ -60,8 +60,10 @@ class Fan(Protocol):
         """:func:`explain_part` of every part, in the order of the latents."""
         ...
 
-    def score(self, exemplars: ExemplarTable, scorer: Scorer, jobs: Sequence[ScoreJob]) -> list[ScoreResult]:
-        """One result per job, in their order."""
+    def score(
+        self, exemplars: ExemplarTable, tasks: Sequence[tuple[Scorer, Sequence[ScoreJob]]]
+    ) -> list[list[ScoreResult]]:
+        """Per scorer one result per job, in their order."""
         ...
 
 
@@ -252,9 +254,10 @@ def score(
     jobs = make_jobs(open_explanations(explanations), exemplars, ctx.seed)
     results: list[ScoreResult] = []
     unanswered: list[NoAnswer] = []
-    for scorer in scorers:  # all are asked before any gives up: a batch client collects what they ask
-        mine = jobs_for(scorer, jobs)
-        judged = scorer.score_many(mine, ctx) if fan is None else fan.score(exemplars, scorer, mine)
+    tasks = [(scorer, jobs_for(scorer, jobs)) for scorer in scorers]
+    parts = None if fan is None else fan.score(exemplars, tasks)
+    for n, (scorer, mine) in enumerate(tasks):  # all are asked before any gives up: a batch client collects it all
+        judged = scorer.score_many(mine, ctx) if parts is None else parts[n]
         with _noted(unanswered):
             _require_answers(scorer.name, [item for result in judged for item in result.items])
         results += judged

@@ -6,13 +6,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_DETAIL_CHARS = 300
+CONNECTIONS_PER_LINE = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,30 @@ class Gate:
         now = time.monotonic()
         if now - self.last_cut >= self.calm_s:  # one burst of 429s is one signal
             self.limit, self.last_cut = max(1.0, self.limit / 2), now
+
+
+class Lines:
+    """Several SDK clients as one, each request to the least busy of them.
+
+    A client looks through all its connections for each request that begins or ends: with 64 of them that takes a third
+    of all its time, with eight a few per cent.
+    """
+
+    def __init__(self, sdks: Sequence[Any]) -> None:
+        self.sdks, self.busy = list(sdks), [0] * len(sdks)
+
+    @property
+    def base_url(self) -> Any:
+        return self.sdks[0].base_url
+
+    async def post(self, path: str, **options: Any) -> Any:
+        """As the SDK's."""
+        line = self.busy.index(min(self.busy))
+        self.busy[line] += 1
+        try:
+            return await self.sdks[line].post(path, **options)
+        finally:
+            self.busy[line] -= 1
 
 
 def retry_after_s(headers: Any) -> float | None:

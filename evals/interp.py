@@ -18,6 +18,7 @@ from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
 from autointerp.last_acts import make_last_acts
 from autointerp.ledger import Ledger, load_prices
+from autointerp.output_tokens import output_tokens
 from autointerp.records import EXPLAIN
 from evals.effects import build_effects
 from evals.run_config import RunConfig
@@ -25,9 +26,7 @@ from evals.run_log import RunLog
 from evals.stages import Pipeline
 from sae.base import SAE
 from sae.errors import BudgetExceeded, ConfigError
-from sae.language_model import LanguageModel
 
-OUTPUT_TOKENS = 10
 _LATER = object()
 """Stands for the SAE, where only the needs of a scorer are looked at."""
 logger = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ class Interpretation:
                         self.explainers,
                         self.explain_context(sae),
                         force=self.cfg.force,
-                        output_tokens=output_tokens(self.stages.lm(), sae, table),
+                        output_tokens=output_tokens(self.stages.lm(), sae, table.latents),
                     )
                 except (ConfigError, BudgetExceeded):
                     raise
@@ -184,7 +183,7 @@ class Interpretation:
             for subject in self.stages.subjects[: len(self.stages.trained)]:
                 sae_id = subject.info.sae_id
                 table = self.stages.exemplars.get(sae_id)
-                if table is None or not table.latents:
+                if table is None or not table.latents or "directions" not in subject.provides:
                     continue
                 try:
                     folders[sae_id] = build_effects(
@@ -195,23 +194,3 @@ class Interpretation:
                     self.log.fail(sae_id, "effects", error)
             stage.finish(folders.values())
         return folders
-
-
-def output_tokens(lm: LanguageModel, sae: SAE, table: ExemplarTable) -> dict[int, tuple[list[str], list[str]]]:
-    """Latent -> (promoted, suppressed) tokens: the logit lens of its decoder row, (gamma * d_f) W_U (AUTOINTERP 3)."""
-    unembed = lm.model.get_output_embeddings().weight
-    norm = next((m for n, m in lm.decoder.named_children() if n in ("norm", "ln_f", "final_layernorm")), None)
-    gamma = getattr(norm, "weight", None)
-    if sae.W_dec_FD.shape[1] != unembed.shape[1]:
-        return {}
-    found = {}
-    with torch.no_grad():
-        for latent in table.latents:
-            d = sae.W_dec_FD[latent].to(unembed.dtype)
-            d = d / d.norm().clamp_min(1e-12) * (gamma if gamma is not None else 1.0)
-            logits = (unembed @ d).float()
-            logits[list(lm.tokenizer.all_special_ids)] = 0.0
-            order = torch.argsort(logits, stable=True)[: len(lm.tokenizer)]
-            name = [lm.tokenizer.decode([int(i)]) for i in (*order[-OUTPUT_TOKENS:].flip(0), *order[:OUTPUT_TOKENS])]
-            found[latent] = (name[:OUTPUT_TOKENS], name[OUTPUT_TOKENS:])
-    return found

@@ -40,7 +40,12 @@ def _verdict(item: ScoreItem) -> str:
         return f"⚠ {item.scorer}: {failure_text(item.failure) or 'no answer'}"
     if item.verdict is None:  # a judge of strengths, not of yes and no
         return f"{item.scorer}{value}"
-    return f"{'✓' if item.verdict == item.positive else '✗'} {item.scorer}{value}"
+    if item.scorer == "intervention":  # its verdict says whether the choice was right
+        return f"{'✓' if item.verdict else '✗'} {item.scorer}{value}"
+    name = item.scorer
+    if name == "fuzzing":  # the same window may be shown with right and with wrong marks
+        name += f" ({'right' if item.positive else 'wrong'} tokens marked)"
+    return f"{'✓' if item.verdict == item.positive else '✗'} {name}{value}"
 
 
 def _window(

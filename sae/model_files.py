@@ -45,7 +45,7 @@ class ModelFiles:
 
     def load(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """(model, tokenizer). Raises :class:`ConfigError` if they are no causal LM with a fast tokenizer."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         where: dict[str, Any] = {"local_files_only": self.cached_only}
         if self.commit is not None:
@@ -64,11 +64,20 @@ class ModelFiles:
                 f"{self.source} lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}, …); "
                 "expected the complete files of a causal language model"
             )
+        return model, self.load_tokenizer()
+
+    def load_tokenizer(self) -> Any:
+        """The fast tokenizer alone; :class:`ConfigError` if there is none."""
+        from transformers import AutoTokenizer
+
+        where: dict[str, Any] = {"local_files_only": self.cached_only}
+        if self.commit is not None:
+            where["revision"] = self.commit
         with _quiet(), _explained(self.source, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.source, **where)
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{self.source} has no fast tokenizer (tokenizer.json); expected one beside the weights")
-        return model, tokenizer
+        return tokenizer
 
 
 def resolve(ref: str, revision: str | None = None) -> ModelFiles:

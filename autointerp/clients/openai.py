@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AsyncExitStack, nullcontext
 from typing import Any
 
 from autointerp.client import (
@@ -26,7 +26,17 @@ from autointerp.client import (
 )
 from autointerp.openai_wire import Structured, chat_body, parse_chat
 from autointerp.records import Failure
-from autointerp.retries import KEY_VARIABLE, Gate, Retries, Retry, retry_after_s, run_to_end, scrub
+from autointerp.retries import (
+    CONNECTIONS_PER_LINE,
+    KEY_VARIABLE,
+    Gate,
+    Lines,
+    Retries,
+    Retry,
+    retry_after_s,
+    run_to_end,
+    scrub,
+)
 from sae.errors import BudgetExceeded, ConfigError, MissingExtra, SaescopeError
 from sae.manifest import rng
 
@@ -100,9 +110,15 @@ class OpenAIClient:
         answers: dict[int, Any] = {}
         gate = Gate(self.concurrency, self.retries.first_delay_s)
         key = os.environ.get(KEY_VARIABLE) or "none"
-        async with self._sdk.AsyncOpenAI(
-            api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout_s
-        ) as sdk:
+        options: dict[str, Any] = {"api_key": key, "base_url": self.base_url, "timeout": self.timeout_s}
+        options["max_retries"] = 0
+        async with AsyncExitStack() as stack:
+            opened = [self._sdk.AsyncOpenAI(**options)]
+            if opened[0].base_url.scheme == "http":  # each line of an encrypted one would load all certificates anew
+                n_lines = -(-min(self.concurrency, len(requests)) // CONNECTIONS_PER_LINE)
+                plain = [self._sdk.DefaultAsyncHttpxClient(verify=False) for _ in range(n_lines - 1)]
+                opened += [self._sdk.AsyncOpenAI(http_client=one, **options) for one in plain]
+            sdk = Lines([await stack.enter_async_context(one) for one in opened])
 
             async def one(i: int) -> None:
                 answer = await self._insist(sdk, gate, requests[i], i)

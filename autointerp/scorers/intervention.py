@@ -75,16 +75,16 @@ class Intervention:
             raise Unsupported("'intervention' needs a language model as judge; choose a client or another scorer")
         written: dict[tuple[str, int], Pieces | Failure] = {}
         for job in jobs:
-            if job.explanation.text is not None and (job.sae_id, job.latent) not in written:
+            if job.explanation.text and (job.sae_id, job.latent) not in written:
                 written[job.sae_id, job.latent] = self._pieces(job, ctx)
-        found = [written.get((job.sae_id, job.latent)) for job in jobs]
-        asked = [(j, p) for j, p in zip(jobs, found, strict=True) if j.explanation.text is not None and _there(p)]
+        found = [written.get((job.sae_id, job.latent)) if job.explanation.text else None for job in jobs]
+        asked = [(j, p) for j, p in zip(jobs, found, strict=True) if isinstance(p, Pieces) and j.explanation.text]
         likely = _likelihoods(asked, client) if client.capabilities.continuation else None
         chosen = iter(self._choices(asked, ctx, client))
         identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": client.identity.model}
         results = []
         for job, pieces in zip(jobs, found, strict=True):
-            if job.explanation.text is None or pieces is None:
+            if pieces is None:
                 results.append(unscored(job, self.metrics, **identity))
             elif isinstance(pieces, Failure):
                 results.append(ScoreResult(scores=null_scores(job, pieces.code, self.metrics, **identity)))
@@ -189,10 +189,6 @@ class Intervention:
                 )
             )  # fmt: skip
         return ScoreResult(scores=tuple(rows), items=tuple(items))
-
-
-def _there(pieces: Pieces | Failure | None) -> bool:
-    return isinstance(pieces, Pieces)
 
 
 def _others(job: ScoreJob, ctx: ScoreContext, d_sae: int) -> list[int]:

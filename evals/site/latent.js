@@ -41,8 +41,10 @@
 
   function verdict(text, positive) {
     const state = stateOf(text);
-    const hint = { failed: "the judge gave no answer; counted as failed, not as no",
-      wrong: positive ? "says silent; it is active" : "says active; it is silent" }[state];
+    const marks = / fuzzing \((right|wrong) tokens marked\)/.exec(text);
+    const wrong = marks ? (marks[1] === "right" ? "says the wrong tokens are marked" : "says the right tokens are marked")
+      : positive ? "says silent; it is active" : "says active; it is silent";
+    const hint = { failed: "the judge gave no answer; counted as failed, not as no", wrong }[state];
     return el("span", { class: `verdict ${state}`, title: hint }, text);
   }
 

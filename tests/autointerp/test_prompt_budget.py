@@ -1,5 +1,6 @@
 """Prompt tokens of the shipped prompts, counted with SmolLM2's tokenizer: at most 10 % over AUTOINTERP 10."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,38 @@ def test_judging_by_lists(tokenizer) -> None:
     for name, most in (("detection", 5_500), ("fuzzing", 6_200)):
         stage = found[f"score.{name}"]
         assert stage.requests == 4 * 10 and stage.prompt_tokens / 4 <= MARGIN * most, (name, stage)
+
+
+DELPHI = {"explain, 40 windows": 2_800, "detection": 16_600, "fuzzing": 19_200}
+"""Prompt tokens of a latent by delphi 0.1.3, counted in a run of its own on 32-token windows of the same tokenizer:
+40 windows to explain, 50 + 50 to judge (AUTOINTERP 10)."""
+
+
+def test_a_latent_costs_at_most_half_of_what_delphi_asks(tokenizer) -> None:
+    """At equal numbers of exemplars: 40 windows to explain by, 50 + 50 to be judged twice."""
+    from autointerp.explainers.highlighted import PLUGIN as Highlighted
+    from autointerp.scorers.detection import PLUGIN as Detection
+    from autointerp.scorers.fuzzing import PLUGIN as Fuzzing
+    from autointerp.written import strongest_first
+
+    class Forty(Highlighted):
+        def shown(self, view):
+            shown = strongest_first(view, 20)
+            assert len(shown) == 40
+            return shown
+
+    wide = replace(FIFTY, explain_top=20, n_groups=20)
+    explaining = estimate([Forty()], [], wide, latents=2, tokenizer=tokenizer, capabilities=LIST)
+    judging = stages(tokenizer, LIST, ("token_list",), (Detection(), Fuzzing()))
+    ours = {
+        "explain, 40 windows": explaining[0].prompt_tokens / 2,
+        "detection": judging["score.detection"].prompt_tokens / 4,
+        "fuzzing": judging["score.fuzzing"].prompt_tokens / 4,
+    }
+    print({name: (round(ours[name]), most) for name, most in DELPHI.items()})
+    assert sum(ours.values()) <= 0.5 * sum(DELPHI.values())
+    assert ours["detection"] <= 0.5 * DELPHI["detection"] and ours["fuzzing"] <= 0.5 * DELPHI["fuzzing"]
+    assert ours["explain, 40 windows"] <= DELPHI["explain, 40 windows"], "the same windows are most of that prompt"
 
 
 def test_intruder(tokenizer) -> None:

@@ -1,0 +1,174 @@
+"""Explain and score in parts of so many latents, here, in processes or on Ray; the engine changes no result.
+
+A part is the same whatever the engine and the number of workers, and all that it draws hangs on (seed, SAE, latent,
+purpose); parts are put together in the order of the latents. Workers share the reply cache, a sqlite file in
+write-ahead mode: they must run on one machine, or each machine needs a root of its own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from autointerp.choose import Choice
+from autointerp.exemplars import ExemplarTable
+from autointerp.interfaces import ScoreJob, Scorer, ScoreResult
+from autointerp.ledger import LedgerEntry, LedgerKey
+from autointerp.pipeline import OutputTokens, explain_part
+from autointerp.workplace import Workplace, exemplar_table, needs_of, opened
+from sae.engines import EngineName, Failure, run_jobs
+from sae.errors import BudgetExceeded, ConfigError, NoAnswer, SaescopeError, Unsupported
+
+PART_LATENTS = 64
+Entries = dict[LedgerKey, LedgerEntry]
+_KNOWN: dict[str, type[SaescopeError]] = {
+    e.__name__: e for e in (BudgetExceeded, ConfigError, NoAnswer, SaescopeError, Unsupported)
+}
+
+
+class PartsFailed(SaescopeError):
+    """Some parts gave no result; what was answered is stored, and the same command goes on from there."""
+
+
+class _ExplainJob(NamedTuple):
+    place: Workplace
+    exemplars: Path
+    latents: tuple[int, ...]
+    explainers: tuple[Any, ...]
+    output_tokens: OutputTokens
+    prompted: bool
+
+
+class _ScoreJob(NamedTuple):
+    place: Workplace
+    scorer: Any
+    sample: tuple[int, ...]
+    number: int
+    jobs: tuple[ScoreJob, ...]
+
+
+def explain_job(job: _ExplainJob) -> tuple[Choice, Entries]:
+    """One part explained, in whatever process; and what it asked of the language model."""
+    here = opened(_kept(job.place))
+    ctx = here.explaining(needs_of(job.explainers), job.place)
+    table = exemplar_table(job.exemplars)
+    with _Counted(ctx.client) as counted:
+        choice = explain_part(job.latents, table, job.explainers, ctx, job.output_tokens, prompted=job.prompted)
+    return choice, counted.entries
+
+
+def score_job(job: _ScoreJob) -> tuple[list[ScoreResult], Entries]:
+    """One part scored by one scorer, in whatever process."""
+    ctx = replace(opened(_kept(job.place)).scoring(needs_of([job.scorer]), job.place), latents=job.sample)
+    with _Counted(ctx.client) as counted:
+        results = job.scorer.score_many(list(job.jobs), ctx)
+    return results, counted.entries
+
+
+def _kept(place: Workplace) -> Workplace:
+    """The place without what differs from part to part."""
+    return replace(place, max_tokens=None, max_cost_usd=None, concurrency=1)
+
+
+class _Counted:
+    """Takes the ledger lines that a part adds, and leaves the client's ledger empty for the next."""
+
+    def __init__(self, client: Any) -> None:
+        self.ledger, self.entries = getattr(client, "ledger", None), {}  # type: ignore[var-annotated]
+
+    def __enter__(self) -> "_Counted":
+        if self.ledger is not None:
+            self.before, self.ledger.entries = self.ledger.entries, {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ledger is not None:
+            self.entries, self.ledger.entries = self.ledger.entries, self.before
+
+
+@dataclass
+class FanOut:
+    """Hands parts to :func:`sae.engines.run_jobs`; see :class:`autointerp.pipeline.Fan`."""
+
+    place: Workplace
+    engine: EngineName = "local"
+    workers: int = 1
+    part_latents: int = PART_LATENTS
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.part_latents < 1:
+            raise ConfigError(f"part_latents must be positive, got {self.part_latents}")
+        self.entries: Entries = {}
+        """What all parts asked of the language model."""
+
+    def explain(
+        self, exemplars: ExemplarTable, explainers: Sequence[Any], output_tokens: OutputTokens, prompted: bool
+    ) -> list[Choice]:
+        """Every part explained, in the order of the latents."""
+        jobs = [
+            _ExplainJob(
+                self._share(len(part) / len(exemplars.latents)), exemplars.folder, part, tuple(explainers),
+                {i: output_tokens[i] for i in part if i in output_tokens}, prompted,
+            )
+            for part in self._parts(exemplars.latents)
+        ]  # fmt: skip
+        return self._run(explain_job, jobs, lambda job: job.latents[0])
+
+    def score(
+        self, exemplars: ExemplarTable, tasks: Sequence[tuple[Scorer, Sequence[ScoreJob]]]
+    ) -> list[list[ScoreResult]]:
+        """Per scorer one result per job, in their order. The parts of all scorers are handed out together."""
+        part_of = {i: n for n, part in enumerate(self._parts(exemplars.latents)) for i in part}
+        total = sum(len(jobs) for _, jobs in tasks)
+        sample = tuple(exemplars.latents)
+        parts: list[_ScoreJob] = []
+        places: list[tuple[int, list[int]]] = []  # of each part: whose it is, and where its results go
+        for s, (scorer, jobs) in enumerate(tasks):
+            members: dict[int, list[int]] = {}
+            for index, job in enumerate(jobs):
+                members.setdefault(part_of[job.latent], []).append(index)
+            for _, mine in sorted(members.items()):
+                share = self._share(len(mine) / total)
+                parts.append(_ScoreJob(share, scorer, sample, len(parts), tuple(jobs[i] for i in mine)))
+                places.append((s, mine))
+        found: list[list[Any]] = [[None] * len(jobs) for _, jobs in tasks]
+        done = self._run(score_job, parts, lambda job: job.number)
+        for (s, mine), results in zip(places, done, strict=True):
+            for index, result in zip(mine, results, strict=True):
+                found[s][index] = result
+        return found
+
+    def _parts(self, latents: Sequence[int]) -> list[tuple[int, ...]]:
+        n = self.part_latents
+        return [tuple(latents[start : start + n]) for start in range(0, len(latents), n)]
+
+    def _share(self, part: float) -> Workplace:
+        return self.place.share(part, self.workers)
+
+    def _run(self, function: Callable[[Any], Any], jobs: Sequence[Any], order: Callable[[Any], int]) -> list[Any]:
+        """Results in the order of the parts. The first failure is raised once every part has had its turn."""
+        done: dict[int, Any] = {}
+        failed: list[Failure] = []
+        for job, result in run_jobs(
+            function, jobs, engine=self.engine, workers=self.workers, threads=self.threads
+        ):
+            if isinstance(result, Failure):
+                failed.append(result)
+            else:
+                done[order(job)], entries = result
+                _add(self.entries, entries)
+        if failed:
+            first = failed[0]
+            kind = _KNOWN.get(first.error, PartsFailed)
+            known = kind is not PartsFailed
+            said = first.detail if known else f"{first.error}: {first.detail}\n{first.traceback}"
+            raise kind(f"{said} ({len(failed)} of {len(jobs)} parts failed; run the same command again to go on)")
+        return [done[n] for n in sorted(done)]
+
+
+def _add(into: Entries, entries: Mapping[LedgerKey, LedgerEntry]) -> None:
+    for key, entry in entries.items():
+        here = into.setdefault(key, LedgerEntry())
+        for name, value in vars(entry).items():
+            setattr(here, name, getattr(here, name) + value)

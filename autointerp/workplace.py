@@ -1,0 +1,183 @@
+"""Where latents are explained and scored: which SAE, model, language model and embedder, named so that any process can
+open them. A :class:`Workplace` is plain values and may be pickled; what it opens is kept per process.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autointerp.client import CachedClient, open_client
+from autointerp.exemplars import ExemplarTable
+from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
+from autointerp.ledger import Ledger, load_prices
+from sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sae.base import SAE
+    from sae.language_model import LanguageModel
+
+DEFAULT_CONCURRENCY = 32
+SERVER_CLIENTS = ("openai", "vllm", "batch")
+"""Clients that take a model's name (--llm)."""
+OUTPUT_TOKENS = 10
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """One SAE's explaining and scoring, by names."""
+
+    root: Path
+    sae_id: str
+    model: str = "default"
+    """Subject model: `default`, a folder or a hub id."""
+    device: str = "cpu"
+    client: str = "transformers"
+    llm: str | None = None
+    base_url: str | None = None
+    concurrency: int = DEFAULT_CONCURRENCY
+    """Requests in flight to a server."""
+    timeout_s: float = 120.0
+    """For one answer of a server, waiting for its turn included."""
+    next_token: bool = False
+    """openai: the server returns log-probabilities of its answer's first token."""
+    embedder: str = "default"
+    seed: int = 0
+    max_tokens: int | None = None
+    max_cost_usd: float | None = None
+    prices: Path | None = None
+
+    def share(self, part: float, workers: int) -> "Workplace":
+        """The same for one of several parts of the work: its share of the budget, and of the places at the server."""
+        return replace(
+            self,
+            max_tokens=None if self.max_tokens is None else int(self.max_tokens * part),
+            max_cost_usd=None if self.max_cost_usd is None else self.max_cost_usd * part,
+            concurrency=max(1, self.concurrency // workers),
+        )
+
+
+class Opened:
+    """What a workplace names, each opened when first asked for."""
+
+    def __init__(self, place: Workplace) -> None:
+        self.place = place
+        self._clients: dict[Workplace, CachedClient] = {}
+
+    @cached_property
+    def sae(self) -> "SAE":
+        from sae.checkpoint import load
+
+        folder = self.place.root / "saes" / self.place.sae_id
+        sae = load(folder).to(self.place.device)
+        if sae.cfg.meta is None:
+            raise ConfigError(f"{self.place.sae_id}: its cfg.json does not say where it reads; convert it anew")
+        return sae
+
+    @property
+    def hookpoint(self) -> str:
+        meta = self.sae.cfg.meta
+        assert meta is not None
+        return meta.hookpoint
+
+    def lm(self, dtype: str = "auto") -> "LanguageModel":
+        """The subject model; :class:`ConfigError` if the SAE was trained on another one."""
+        lm = _language_model(self.place.model, dtype, self.place.device)
+        meta = self.sae.cfg.meta
+        if meta is not None and meta.lm_revision not in ("unknown", "", lm.revision):
+            raise ConfigError(
+                f"{self.place.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), and --model is {lm.name} "
+                f"({lm.revision[:12]}); give the right --model"
+            )
+        return lm
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The subject's; its weights are not read for it."""
+        from sae.model_files import resolve
+
+        return resolve(self.place.model).load_tokenizer()
+
+    @cached_property
+    def embedder(self) -> EmbedderLike | None:
+        from autointerp.embedder import Embedder
+
+        which = self.place.embedder
+        if which == "none":
+            return None
+        if which == "default":
+            return Embedder.load(device=self.place.device)
+        return Embedder(Path(which), device=self.place.device, name=Path(which).name)
+
+    def client(self, place: Workplace | None = None) -> CachedClient:
+        """The language model behind the reply cache, with the budget of ``place``."""
+        place = place or self.place
+        if place not in self._clients:
+            self._clients[place] = open_client(
+                place.client, replies=place.root / "replies.sqlite", max_tokens=place.max_tokens,
+                max_cost_usd=place.max_cost_usd, ledger=Ledger(load_prices(place.prices)), **self._options(place),
+            )  # fmt: skip
+        return self._clients[place]
+
+    def _options(self, place: Workplace) -> dict[str, Any]:
+        if place.client == "openai":
+            known = {"concurrency": place.concurrency, "next_token": place.next_token, "timeout_s": place.timeout_s}
+            return {"model": place.llm, "base_url": place.base_url, **known}
+        if place.client == "batch":
+            return {"model": place.llm, "folder": place.root / "batch"}
+        if place.client == "vllm":
+            return {"model": place.llm}
+        if place.client == "transformers":
+            if place.llm:
+                return {"model": place.llm, "device": place.device}
+            return {"lm": self.lm("float32")}
+        if place.llm or place.base_url:
+            raise ConfigError(f"--client {place.client} takes no --llm or --base-url")
+        return {}
+
+    def explaining(self, needs: frozenset[str], place: Workplace | None = None) -> ExplainContext:
+        """Context for plug-ins with these needs: what none needs is not opened."""
+        from autointerp.last_acts import make_last_acts
+
+        wanted = needs & {"lm", "last_acts"}
+        lm = self.lm() if wanted else None
+        return ExplainContext(
+            seed=self.place.seed, client=self.client(place), embedder=self.embedder, lm=lm,
+            sae=self.sae if wanted else None, tokenizer=self.tokenizer, hookpoint=self.hookpoint,
+            last_acts=make_last_acts(lm, self.sae, self.hookpoint) if lm is not None else None,
+        )  # fmt: skip
+
+    def scoring(self, needs: frozenset[str], place: Workplace | None = None) -> ScoreContext:
+        """Context for plug-ins with these needs."""
+        steers = needs & {"lm", "sae"}
+        return ScoreContext(
+            seed=self.place.seed, client=self.client(place), embedder=self.embedder, tokenizer=self.tokenizer,
+            lm=self.lm("float32") if steers else None, sae=self.sae if steers else None, hookpoint=self.hookpoint,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _language_model(model: str, dtype: str, device: str) -> "LanguageModel":
+    from sae.language_model import LanguageModel
+
+    return LanguageModel.load(model, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=4)
+def opened(place: Workplace) -> Opened:
+    """What ``place`` names, kept for the jobs to come of this process. Budgets and places at the server are not part
+    of what is kept: pass the place itself where a client is asked for."""
+    return Opened(place)
+
+
+def needs_of(plugins: Any) -> frozenset[str]:
+    """All that these plug-ins need."""
+    return frozenset().union(*(p.needs for p in plugins)) if plugins else frozenset()
+
+
+@lru_cache(maxsize=4)
+def exemplar_table(folder: Path) -> ExemplarTable:
+    """An exemplar table, read once per process."""
+    return ExemplarTable.open(folder)

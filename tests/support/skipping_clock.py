@@ -1,0 +1,64 @@
+"""An event loop whose clock is the processor time of this process plus the waiting that it skips.
+
+Timers fire in order and sockets are real, but nobody sleeps: where nothing is ready the clock jumps to the next timer.
+So what a client does against a server of fixed latency can be measured on a busy machine, as if a core were its own.
+"""
+
+import asyncio
+import selectors
+import time
+from typing import Any
+
+
+class _Skipping(selectors.DefaultSelector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        if timeout is None:  # no timer is set: a socket must be about to become ready
+            return super().select(1.0)
+        self.skipped_s += timeout
+        return ready
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """``asyncio.Runner(loop_factory=SkippingLoop)``."""
+
+    def __init__(self) -> None:
+        self._clock = _Skipping()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        """Seconds: processor time and skipped waiting."""
+        return time.process_time() + self._clock.skipped_s
+
+
+class FixedLatency(asyncio.Protocol):
+    """A server in the same loop: every request is answered ``latency_s`` after it has been read, however many come.
+    Reads HTTP just as far as it must; its own processor time counts against the client that is measured."""
+
+    latency_s = 0.2
+    body = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport, self.buffer = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = self.buffer[:end].lower()
+            at = head.find(b"content-length:")
+            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+            if len(self.buffer) < end + 4 + length:
+                return
+            self.buffer = self.buffer[end + 4 + length :]
+            asyncio.get_running_loop().call_later(self.latency_s, self._answer)
+
+    def _answer(self) -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(self.body)}\r\n\r\n"
+        if not self.transport.is_closing():
+            self.transport.write(head.encode() + self.body)
