@@ -33,8 +33,8 @@ class RunConfig:
     texts: str = "default"
     """`default`, a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
     sae: tuple[str, ...] = ()
-    """Folders, files or hub ids (org/repo[/subfolder][@revision]) of SAEs to evaluate instead of training, of any format
-    that sae.load reads."""
+    """Folders, files or hub ids (org/repo[/subfolder][@revision]) of SAEs to evaluate instead of training, of any
+    format that sae.load reads."""
     evals: tuple[str, ...] = ()
     """Evaluations to run (see --list); default: all."""
     architectures: tuple[str, ...] = ("topk", "relu")
