@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from sae.distributed_cost import AXES, MeshShape
 from sae.errors import ConfigError, SaescopeError
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch renamed it in 2.13."""
+
 
 class CollectiveFailed(SaescopeError):
     """A collective ended with an error or after its time limit; who is to blame is for the watch to say."""
@@ -78,7 +81,7 @@ class Mesh:
         out = tensor.new_empty(self.size(axis), *tensor.shape)
         self.operands[f"gather {axis}"] += tensor.numel() * tensor.element_size()
         with _named(axis):
-            dist.all_gather_single(out.view(-1), tensor.view(-1), group=self._groups[axis])
+            _all_gather(out.view(-1), tensor.view(-1), group=self._groups[axis])
         return out
 
     def gather_objects(self, value: Any) -> list[Any]:
