@@ -1,0 +1,89 @@
+"""No value moves without a new version (METRICS 2): every evaluation on a fixed SAE against ``tests/golden/evals``.
+
+Inputs are numpy's: a random tiny model, an SAE of drawn weights, random bytes. Instruction sets (AVX-512, AVX2, none)
+move these values by 2e-5 at most, float32 being what it is; a value that moves by more than 5e-5 means: raise the evaluation's version and write a new file with
+``SAESCOPE_WRITE_GOLDENS=1 python -m pytest tests/evals/test_versions.py``; the old file stays, as its rows do.
+"""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory_store import context, info, memory_store
+from planted import planted, truth_of
+
+from evals.base import SAESubject
+from sae import plugins
+from sae.config import InputNorm, SAEConfig
+
+GOLDENS = Path(__file__).parents[1] / "golden" / "evals"
+EVALUATIONS = ("reconstruction", "downstream_loss", "ablation_sparsity", "probe_loss", "sparse_probing",
+               "seed_stability", "ground_truth")  # fmt: skip
+"""Those whose inputs can be drawn; n2g, explanation and absorption read what earlier stages made."""
+D, F, K = 32, 64, 8
+TOLERANCE = 5e-5
+
+
+def drawn_sae(lm: Any, hookpoint: str, seed: int) -> SAESubject:
+    """Weights by numpy; the twin of another seed shares a third of its decoder rows."""
+    r = np.random.default_rng(100 + seed)
+    w_dec = r.standard_normal((F, D))
+    w_dec[: F // 3] = np.random.default_rng(7).standard_normal((F // 3, D))
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    cfg = SAEConfig(
+        architecture="topk", activation="topk", d_in=D, d_out=D, d_sae=F, k=K, apply_b_dec_to_input=True,
+        input_norm=InputNorm(kind="none"), decoder_unit_norm=True, sae_id=f"drawn.s{seed}", meta=None, train_tokens=0,
+        train_steps=0, seed=seed)
+    sae = plugins.find("sae.architectures", "topk")(cfg)
+    with torch.no_grad():
+        sae.W_dec_FD.copy_(torch.from_numpy(w_dec))
+        (sae.W_enc_FD if hasattr(sae, "W_enc_FD") else sae.W_enc_DF.T).copy_(torch.from_numpy(0.6 * w_dec))
+        sae.b_enc_F.copy_(torch.from_numpy(0.1 * r.standard_normal(F)))
+        sae.b_dec_D.copy_(torch.from_numpy(0.3 * r.standard_normal(D)))
+    sae.requires_grad_(False)
+    return SAESubject(sae, info(lm, hookpoint, cfg.sae_id, d_in=D, d_sae=F, k=K))
+
+
+@pytest.fixture(scope="module")
+def world(tiny_lm, tmp_path_factory) -> dict[str, Any]:
+    from evals.probe_activations import ProbeConfig, build_probes
+
+    root, hookpoint = tmp_path_factory.mktemp("golden"), tiny_lm.default_hookpoint()
+    path, r = root / "task.csv", np.random.default_rng(3)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "target"])
+        for i in range(480):
+            letters = "".join(chr(97 + c) for c in r.integers(26, size=10))
+            writer.writerow([f"{letters} {i} {'yes' if i % 2 else 'nope'}", i % 2])
+    task = ProbeConfig(own=(f"yes={path}",), cap_rows=120, max_tokens=16, seeds=(0,))
+    return {
+        "lm": tiny_lm, "hookpoint": hookpoint, "root": root, "store": memory_store(tiny_lm, hookpoint, rows=12),
+        "probes": build_probes(root, tiny_lm, hookpoint, task), "truth": truth_of(planted(n=600, d=D, g=24)),
+        "subject": drawn_sae(tiny_lm, hookpoint, 0), "peers": [drawn_sae(tiny_lm, hookpoint, 1)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_values_are_those_of_the_version(name: str, world: dict[str, Any]) -> None:
+    evaluation = plugins.find("evals.suite", name)
+    more = {n: world[n] for n in ("probes", "truth", "peers") if n in evaluation.needs}
+    ctx = context(world["lm"], world["hookpoint"], world["store"], world["subject"], world["root"], **more)
+    rows = evaluation.run(ctx).rows
+    found = {f"{r.metric}|{r.slice}|{r.split}": r.failure if r.value is None else r.value for r in rows}
+    assert any(isinstance(v, float) and v not in (0.0, 1.0) for v in found.values())
+    path = GOLDENS / f"{name}.v{evaluation.version}.json"
+    if os.environ.get("SAESCOPE_WRITE_GOLDENS") and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    assert path.is_file(), f"{path.name} is missing: write it as the head of this file says"
+    expected = json.loads(path.read_text())
+    assert found.keys() == expected.keys()
+    wrong = {k: (found[k], v) for k, v in expected.items()
+             if found[k] != (pytest.approx(v, rel=TOLERANCE, abs=TOLERANCE) if isinstance(v, (int, float)) else v)}  # fmt: skip
+    assert not wrong, f"{name} v{evaluation.version} moved: raise its version. {wrong}"
