@@ -1,7 +1,8 @@
 """No value moves without a new version (METRICS 2): every evaluation on a fixed SAE against ``tests/golden/evals``.
 
 Inputs are numpy's: a random tiny model, an SAE of drawn weights, random bytes. Instruction sets (AVX-512, AVX2, none)
-move these values by 2e-5 at most, float32 being what it is; a value that moves by more than 5e-5 means: raise the evaluation's version and write a new file with
+move these values by 2e-5 at most, float32 being what it is; a value that moves by more than 5e-5 means: raise the
+evaluation's version and write a new file with
 ``SAESCOPE_WRITE_GOLDENS=1 python -m pytest tests/evals/test_versions.py``; the old file stays, as its rows do.
 """
 
@@ -84,6 +85,6 @@ def test_values_are_those_of_the_version(name: str, world: dict[str, Any]) -> No
     assert path.is_file(), f"{path.name} is missing: write it as the head of this file says"
     expected = json.loads(path.read_text())
     assert found.keys() == expected.keys()
-    wrong = {k: (found[k], v) for k, v in expected.items()
-             if found[k] != (pytest.approx(v, rel=TOLERANCE, abs=TOLERANCE) if isinstance(v, (int, float)) else v)}  # fmt: skip
+    near = lambda v: pytest.approx(v, rel=TOLERANCE, abs=TOLERANCE) if isinstance(v, (int, float)) else v  # noqa: E731
+    wrong = {k: (found[k], v) for k, v in expected.items() if found[k] != near(v)}
     assert not wrong, f"{name} v{evaluation.version} moved: raise its version. {wrong}"
