@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import case
@@ -35,16 +34,14 @@ def main(cache: str, out: str) -> None:
         found[name] = {}
         for penalty in ("l1", "l2"):
             with tempfile.TemporaryDirectory() as folder:
-                begun = time.process_time()
                 run_sae_eval(
                     Encoder(), name, HOOK, penalty, "normal", "case", cache, device="cpu", ks=list(probe_case.KS),
                     results_path=folder)
-                seconds = time.process_time() - begun
                 (path,) = Path(folder).rglob("*.json")
                 rows = json.loads(path.read_text())
             found[name][penalty] = {
                 "auc": [r["test_auc"] for r in rows], "acc": [r["test_acc"] for r in rows],
-                "indices": rows[-1]["indices"], "processor_s": round(seconds, 3)}
+                "indices": rows[-1]["indices"]}
         x = torch.load(Path(cache) / f"model_activations_case/{name}_{HOOK}.pt")
         found[name]["x_mean_abs"] = float(np.abs(x.numpy()).mean())
     found["versions"] = {n: importlib.metadata.version(n) for n in ("sae-probes", "scikit-learn", "torch")}
