@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,17 @@ def test_the_door(world, tmp_path: Path, capsys) -> None:
         export_neuronpedia(root, tmp_path / "out", TOKENIZER.decode)
     with pytest.raises(ArtefactError, match="no finished explanations"):
         export_neuronpedia(tmp_path / "empty", tmp_path / "x", TOKENIZER.decode)
+
+
+def test_the_door_in(world, tmp_path: Path, capsys) -> None:
+    """Exported, taken in again through the door, and there to be scored; an SAE without exemplars is named."""
+    root, table, _ = world
+    here = Path(shutil.copytree(root, tmp_path / "root"))
+    folder = export(here, tmp_path / "out")
+    assert main(["import-neuronpedia", str(folder), "--root", str(here), "--sae", table.sae_id]) == 0
+    said = capsys.readouterr().out
+    [key] = re.findall(r"--explanations\s+([0-9a-f]{16})", said)
+    found = pipeline.open_explanations(here / "explanations" / key)
+    assert {e.explainer for e in found} == {"imported"} and {e.latent for e in found} == set(table.latents)
+    assert main(["import-neuronpedia", str(folder), "--root", str(here), "--sae", "other"]) == 1
+    assert "'other'" in capsys.readouterr().err
