@@ -9,7 +9,7 @@ import re
 _LLAMA = {
     "resid_post": "layers.{l}", "resid_pre": "layers.{l}:in", "resid_mid": "layers.{l}.post_attention_layernorm:in",
     "attn_out": "layers.{l}.self_attn", "mlp_out": "layers.{l}.mlp", "hook_z": "layers.{l}.self_attn.o_proj:in",
-    "mlp_post": "layers.{l}.mlp.down_proj:in",
+    "mlp_post": "layers.{l}.mlp.down_proj:in", "mlp_in": "layers.{l}.mlp:in", "mlp": "layers.{l}.mlp",
 }  # fmt: skip
 _GEMMA = _LLAMA | {
     "resid_mid": "layers.{l}.pre_feedforward_layernorm:in", "attn_out": "layers.{l}.post_attention_layernorm",
@@ -18,6 +18,7 @@ _GEMMA = _LLAMA | {
 _GPT2 = {
     "resid_post": "h.{l}", "resid_pre": "h.{l}:in", "resid_mid": "h.{l}.ln_2:in", "attn_out": "h.{l}.attn",
     "mlp_out": "h.{l}.mlp", "hook_z": "h.{l}.attn.c_proj:in", "mlp_post": "h.{l}.mlp.c_proj:in",
+    "mlp_in": "h.{l}.mlp:in", "mlp": "h.{l}.mlp",
 }  # fmt: skip
 _NEOX = {
     "resid_post": "layers.{l}", "resid_pre": "layers.{l}:in", "attn_out": "layers.{l}.attention",
@@ -29,6 +30,7 @@ _FAMILIES = (
 _TRANSFORMER_LENS = {
     "hook_resid_post": "resid_post", "hook_resid_pre": "resid_pre", "hook_resid_mid": "resid_mid",
     "hook_attn_out": "attn_out", "hook_mlp_out": "mlp_out", "attn.hook_z": "hook_z", "mlp.hook_post": "mlp_post",
+    "mlp.hook_in": "mlp_in", "mlp.hook_out": "mlp",  # circuit-tracer's names of what its MLP is given and gives
 }  # fmt: skip
 _OPENAI = {
     "resid_post_mlp": "resid_post", "resid_post_attn": "resid_mid", "resid_delta_attn": "attn_out",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 Run = Callable[[Path, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 PACKAGES = {
     "saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify",
-    "llamascopium": "llamascopium",
+    "llamascopium": "llamascopium", "circuit_tracer": "circuit-tracer",
 }  # fmt: skip
 
 
@@ -57,9 +57,17 @@ def run_llamascopium(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch
     return z, sae.decode(z)
 
 
+def run_circuit_tracer(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
+
+    (path,) = folder.glob("layer_*.safetensors")
+    transcoder = load_relu_transcoder(str(path), 0, lazy_encoder=False, lazy_decoder=False)
+    return transcoder.encode(x), transcoder(x)
+
+
 RUN: dict[str, Run] = {
     "saelens": run_saelens, "dictionary_learning": run_dictionary_learning, "sparsify": run_sparsify,
-    "llamascopium": run_llamascopium,
+    "llamascopium": run_llamascopium, "circuit_tracer": run_circuit_tracer,
 }  # fmt: skip
 
 

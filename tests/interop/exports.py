@@ -17,7 +17,7 @@ from sae.errors import Unsupported
 
 GOLDENS = Path(__file__).parent / "goldens"
 RECORD = GOLDENS / "exports.json"
-LIBRARIES = ("saelens", "dictionary_learning", "sparsify", "llamascopium")
+LIBRARIES = ("saelens", "dictionary_learning", "sparsify", "llamascopium", "circuit_tracer")
 
 
 def cases() -> list[Path]:
@@ -26,13 +26,18 @@ def cases() -> list[Path]:
     return [p for p in found if p.name != "batchtopk_uncalibrated"]
 
 
+def source(case: Path) -> Path:
+    """What is loaded: the folder, or the one file of a format that has no folder."""
+    return next(case.glob("samples_*.pt"), case)
+
+
 def write(out: Path, to: str) -> list[str]:
     """Export every golden SAE that ``to`` can hold as ``out/<library>__<case>``; returns the names."""
     names = []
     for case in cases():
         name = f"{case.parent.name}__{case.name}"
         try:
-            convert(case, out / name, to, force=True)
+            convert(source(case), out / name, to, force=True)
         except Unsupported:
             continue
         names.append(name)
@@ -45,6 +50,9 @@ def fingerprint(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".json":
             found[path.name] = json.loads(path.read_text())
+            continue
+        if path.suffix == ".yaml":
+            found[path.name] = path.read_text()
             continue
         values = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         found[path.name] = {name: _facts(tensor) for name, tensor in sorted(values.items())}

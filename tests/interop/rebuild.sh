@@ -26,7 +26,14 @@ for entry in $libraries; do
   rm -rf "tests/interop/goldens/$name"
   "$venv/bin/python" "tests/interop/make_$name.py" "tests/interop/goldens/$name"
 done
+# These two need torch and what SAELens brings; the package e2e-sae cannot be imported whole (see make_e2e_sae.py).
+"$envs/saelens/bin/pip" install --quiet --no-deps circuit-tracer==0.5.0 e2e-sae==2.1.1
+for name in circuit_tracer e2e_sae; do
+  rm -rf "tests/interop/goldens/$name"
+  "$envs/saelens/bin/python" "tests/interop/make_$name.py" "tests/interop/goldens/$name"
+done
 PYTHONPATH=. "$ours" tests/interop/exports.py "$out"
+"$envs/saelens/bin/python" tests/interop/check_exports.py circuit_tracer "$out/circuit_tracer" tests/interop/goldens
 for entry in $libraries; do
   name=${entry%%:*}
   "$envs/$name/bin/python" tests/interop/check_exports.py "$name" "$out/$name" tests/interop/goldens

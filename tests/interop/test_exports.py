@@ -39,7 +39,7 @@ def alike(got: Any, want: Any) -> None:
 
 @pytest.mark.parametrize(("to", "name"), ALL, ids=lambda v: v)
 def test_an_export_is_what_the_library_ran(to: str, name: str, tmp_path: Path):
-    convert(exports.golden_of(name).parent, tmp_path / name, to)
+    convert(exports.source(exports.golden_of(name).parent), tmp_path / name, to)
     alike(exports.fingerprint(tmp_path / name), RECORD[to]["exports"][name])
 
 
