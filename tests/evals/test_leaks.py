@@ -114,3 +114,16 @@ def test_news_is_told_from_news_not_from_code() -> None:
         assert all(share(side) < 0.05 for side in sides), name
     theirs = [p for p, y in read_table(probe_csv(161)) if y in ("0", "False", "0.0")]
     assert share(theirs) > 0.5  # the search does find code where it is
+
+
+def test_every_test_of_the_table_exists() -> None:
+    """Names in the table of leaks; an ellipsis stands for `test` after a name of the same file."""
+    root = Path(__file__).parents[2]
+    table = (root / "docs" / "decisions" / "021-suite.md").read_text().partition("## Leaks")[2]
+    named = {name for name in re.findall(r"`([^`]*test_[a-z_]+[^`]*|…_[a-z_]+)`", table)}
+    files = {path.stem: path.read_text() for path in (root / "tests").rglob("test_*.py")}
+    functions = {f for text in files.values() for f in re.findall(r"def (test_\w+)", text)}
+    assert len(named) >= 15
+    for name in named:
+        last = re.split(r"[./:]+", name)[-1].replace("…", "test")
+        assert last in functions | files.keys(), name
