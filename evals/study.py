@@ -49,6 +49,8 @@ class StudyConfig:
     """Training seeds; at least two, or no difference can be called real."""
     evals: tuple[str, ...] = ()
     """Default: every evaluation that a run can have, absorption included."""
+    random_model: bool = True
+    """Also an SAE of the model with random weights, as a floor of each sparsity."""
     publish: Path | None = None
     """Copy rows, tables, pages and the text here at the end."""
     report_only: bool = False
@@ -72,7 +74,7 @@ class StudyConfig:
         return [
             replace(
                 base, root=self.root, model=self.model, texts=self.texts, architectures=self.architectures,
-                train_seeds=self.seeds, evals=evals, engine=self.engine, workers=self.workers,  # type: ignore[arg-type]
+                train_seeds=self.seeds, evals=evals, random_model=self.random_model, engine=self.engine, workers=self.workers,  # type: ignore[arg-type]
                 train=replace(base.train, k=s.k, l1=s.l1, gate_l1=s.gate_l1),
             )  # fmt: skip
             for s in self.sparsities

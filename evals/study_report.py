@@ -95,7 +95,8 @@ def write_report(root: Path, reference: str, penalties: Mapping[tuple[float, flo
         if base is not None and base is not cell:
             pairs.append((base, cell, compare(root, ",".join(base.sae_ids), ",".join(cell.sae_ids), everything=True)))
     text = "\n".join([
-        *_head(board, results, cells), *_tables(board, cells), *_shown(pairs, reference), *_floors(board),
+        *_head(board, results, cells), *_tables(board, cells), *_further(board, pairs), *_shown(pairs, reference),
+        *_floors(board),
         *_not_shown(board, results, cells, pairs, failures),
     ]) + "\n"  # fmt: skip
     (root / "study.md").write_text(text, encoding="utf-8")
@@ -145,6 +146,31 @@ def _tables(board: Board, cells: Sequence[StudyCell]) -> list[str]:
             better = {"higher": " ↑", "lower": " ↓"}.get(column.spec.better, "")
             lines.append(f"| {column.title}{better} | " + " | ".join(texts) + " |")
         lines.append("")
+    return lines
+
+
+def _further(board: Board, pairs: Sequence[tuple[StudyCell, StudyCell, Comparison]]) -> list[str]:
+    """Metrics with a better side that are no column of the board, from the comparisons' own means over seeds."""
+    lines: list[str] = []
+    shown = {c.id for c in board.columns}
+    for k in sorted({a.k for a, _, _ in pairs}):
+        here = [(a, b, comparison) for a, b, comparison in pairs if a.k == k]
+        names = [here[0][0].architecture, *(b.architecture for _, b, _ in here)]
+        values: dict[str, dict[str, str]] = {}
+        for a, b, comparison in here:
+            for line in comparison.lines:
+                if line.metric in shown or line.better == "neither":
+                    continue
+                row = values.setdefault(f"{line.title} ({line.metric.partition('.')[0]})", {})
+                for cell, value, sd in ((a, line.a, line.sd_a), (b, line.b, line.sd_b)):
+                    if value is not None:
+                        row[cell.architecture] = _value_text((value, sd), 3)
+        if any(values.values()):
+            lines += [f"## Further metrics at k = {k}", "", "| metric | " + " | ".join(names) + " |",
+                      "|---|" + "---|" * len(names)]  # fmt: skip
+            lines += ["| " + " | ".join([title, *(row.get(n, "–") for n in names)]) + " |"
+                      for title, row in values.items() if row]  # fmt: skip
+            lines.append("")
     return lines
 
 

@@ -66,7 +66,8 @@ def finished(tmp_path: Path) -> Path:
             subject = info(sae_id, architecture, k)
             l0 = 32.0 if k else 50.0
             measured(tmp_path, subject, "reconstruction", {
-                "fvu": ("lower", fvu + 0.002 * seed), "l0": ("neither", l0), "dead_frac": ("lower", 0.1)})
+                "fvu": ("lower", fvu + 0.002 * seed), "l0": ("neither", l0), "dead_frac": ("lower", 0.1),
+                "cosine": ("higher", 0.9 + 0.01 * seed)})
             measured(tmp_path, subject, "absorption", {"absorption_fraction": ("lower", None)})
     measured(tmp_path, info("baseline.random_sae.deadbeef", "topk", 32, "baseline"), "reconstruction", {
         "fvu": ("lower", 0.8), "l0": ("neither", 32.0)})
@@ -90,6 +91,7 @@ def test_the_text_says_what_the_rows_say(finished: Path) -> None:
     assert "Failed: some SAE, n2g: ValueError: no." in rest
     assert "Fewer than three seeds" in rest
     assert "FVU: 6 of 6 SAEs better" in shown
+    assert "## Further metrics at k = 32" in text and "(reconstruction) | 0.905 ± 0.007 | 0.905 ± 0.007" in text
     record = json.loads((finished / "study.json").read_text())
     assert {tuple(c["sae_ids"]) for c in record["cells"]} and len(record["cells"]) == 3
     assert len(record["comparisons"]) == 2
@@ -106,6 +108,7 @@ def test_spread() -> None:
 
 def test_every_run_has_all_cells_and_every_evaluation(tmp_path: Path) -> None:
     runs = StudyConfig(root=tmp_path).runs()
+    assert all(r.random_model for r in runs)
     assert [r.train.k for r in runs] == [32, 64] and {r.root for r in runs} == {tmp_path}
     for run, sparsity in zip(runs, SPARSITIES, strict=True):
         cfgs = run.train_configs()
@@ -140,7 +143,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path: Path) -> None:
     save_tiny_lm(lm)
     base = replace(tiny(), task_csv=(f"numbers={write_task(tmp_path / 'task.csv')}:prompt:target:1",), effect_windows=0)
     cfg = StudyConfig(
-        root=tmp_path / "study", base=base, model=str(lm), architectures=("topk", "relu"), seeds=(0, 1),
+        root=tmp_path / "study", base=base, model=str(lm), architectures=("topk", "relu"), seeds=(0, 1), random_model=False,
         texts=str(write_texts(tmp_path / "texts.jsonl", documents=1200)),
         sparsities=tuple(replace(s, k=k) for s, k in zip(SPARSITIES, (4, 8), strict=True)),
         evals=("reconstruction", "downstream_loss", "sparse_probing", "seed_stability"))
