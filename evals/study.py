@@ -7,6 +7,7 @@ Each sparsity is a run of the main job of its own below one root, with its own r
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from evals.run_config import PRESET_FUNCTIONS, RunConfig
 from sae.config import require
@@ -57,7 +58,7 @@ class StudyConfig:
     """Only write the text anew from the rows that are there."""
     dry_run: bool = False
     """Say what would run, with estimated minutes, memory and disk."""
-    engine: str = "local"
+    engine: Literal["local", "ray"] = "local"
     workers: int = 1
     base: RunConfig | None = field(default=None)
     """Configuration to start from instead of the preset's (for tests)."""
@@ -74,7 +75,8 @@ class StudyConfig:
         return [
             replace(
                 base, root=self.root, model=self.model, texts=self.texts, architectures=self.architectures,
-                train_seeds=self.seeds, evals=evals, random_model=self.random_model, engine=self.engine, workers=self.workers,  # type: ignore[arg-type]
+                train_seeds=self.seeds, evals=evals, random_model=self.random_model, engine=self.engine,
+                workers=self.workers,
                 train=replace(base.train, k=s.k, l1=s.l1, gate_l1=s.gate_l1),
             )  # fmt: skip
             for s in self.sparsities

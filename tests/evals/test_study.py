@@ -143,7 +143,8 @@ def test_a_tiny_study_from_end_to_end(tmp_path: Path) -> None:
     save_tiny_lm(lm)
     base = replace(tiny(), task_csv=(f"numbers={write_task(tmp_path / 'task.csv')}:prompt:target:1",), effect_windows=0)
     cfg = StudyConfig(
-        root=tmp_path / "study", base=base, model=str(lm), architectures=("topk", "relu"), seeds=(0, 1), random_model=False,
+        root=tmp_path / "study", base=base, model=str(lm), architectures=("topk", "relu"), seeds=(0, 1),
+        random_model=False,
         texts=str(write_texts(tmp_path / "texts.jsonl", documents=1200)),
         sparsities=tuple(replace(s, k=k) for s, k in zip(SPARSITIES, (4, 8), strict=True)),
         evals=("reconstruction", "downstream_loss", "sparse_probing", "seed_stability"))
