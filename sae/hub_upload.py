@@ -37,7 +37,7 @@ def upload(
     format cannot say what the SAE means; ``ArtefactError`` where the hub refuses.
     """
     _check(repo, subfolder, dry_run)
-    token = None if dry_run is not None else _token()
+    token = "" if dry_run is not None else _token()
     with tempfile.TemporaryDirectory(prefix="saescope-upload-") as temporary:
         staged = Path(temporary) / "sae"
         stage(path, staged, repo, licence=licence, rows=rows, to=to, base_model=base_model, subfolder=subfolder,

@@ -103,11 +103,11 @@ class _Passes:
         """Mean target [D] over the filtered tokens of the rows, float64; the same for every subject."""
         import torch
 
-        total, n = 0.0, 0
+        total_D, n = torch.zeros(()), 0
         for block in blocks(self.store, self.rows, BATCH_TOKENS, f"mean of {self.target}"):
             kept_ND = self.targets(self.ids(block))[torch.from_numpy(block.keep_BL)].double()
-            total, n = total + kept_ND.sum(dim=0), n + len(kept_ND)
-        return torch.as_tensor(total) / max(n, 1)
+            total_D, n = total_D + kept_ND.sum(dim=0), n + len(kept_ND)
+        return total_D / max(n, 1)
 
     def scored(self, block: Block, ids_BL: "torch.Tensor") -> np.ndarray:
         """[B, L]: a prediction counts if its token passed the filter and the next one is ordinary, same document."""
