@@ -76,7 +76,7 @@ class AbsorptionEval:
         return SpellingConfig(words_per_letter=WORDS_PER_LETTER[preset], seed=seed)
 
     def config(self, preset: str) -> dict[str, Any]:
-        return to_dict(self.spelling(preset))
+        return {name: value for name, value in to_dict(self.spelling(preset)).items() if name != "seed"}
 
     def lm_tokens(self, preset: str, n_subjects: int) -> tuple[int, int]:
         """Tokens (below, above) the hookpoint, for ``--dry-run``: every word once, for all subjects together."""

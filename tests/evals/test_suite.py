@@ -131,6 +131,7 @@ def test_declaration(evaluation, request) -> None:
 def test_sizes_are_plain_json(evaluation, preset: str) -> None:
     config = evaluation.config(preset)
     assert json.loads(canonical_json(config)) and config == evaluation.config(preset)
+    assert not config.keys() & {"eval", "preset", "seed"}  # the run's own part of the key
 
 
 def test_rows_match_declarations_and_repeat(evaluation, world, tmp_path) -> None:
