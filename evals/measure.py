@@ -102,8 +102,8 @@ class Measurement:
     def run(self, evaluation: Eval, subject: Subject, seed: int | None = None) -> Path:
         """Rows of one pair: reused if complete, else computed. Returns their folder."""
         ctx = self.context(evaluation, subject, seed)
-        sizes = evaluation.config(self.preset)
-        config = {**sizes, "eval": evaluation.name, "preset": self.preset, "seed": ctx.seed}  # these three are the run's
+        own = {"eval": evaluation.name, "preset": self.preset, "seed": ctx.seed}
+        config = evaluation.config(self.preset) | own  # what the run says comes last: no evaluation may hide it
         inputs = {"sae": subject.info.sae_sha256, **evaluation.inputs(ctx)}
         key = key_of("rows", evaluation.version, config, inputs)
         folder = row_dir(self.root, subject.info.sae_id, evaluation.name, key)
