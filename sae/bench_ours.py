@@ -61,8 +61,8 @@ class Ours:
 
     def step(self, x_ND: Tensor) -> None:
         normalised = self.runs[0].sae.normalise(x_ND)
+        train_run.step_many(self.runs, x_ND, *normalised)
         for run in self.runs:
-            train_run.step(run, x_ND, *normalised)
             if run.failure:
                 raise RuntimeError(run.failure)
 

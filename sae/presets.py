@@ -83,7 +83,7 @@ PRESETS = (
         name="quick",
         about="two cores: SmolLM2-135M, layer 15, F 4,608, K 32, two passes over 409,600 tokens",
         model="default", hookpoint="layers.15", d_in=576, tokens=TokensConfig(train_tokens=409_600),
-        train=TrainConfig(batch_tokens=4_096, train_tokens=819_200, dead_tokens=204_800),
+        train=TrainConfig(lr=3e-3, batch_tokens=4_096, train_tokens=819_200, dead_tokens=204_800),
     ),
     Preset(
         name="gpt2-small-paper",

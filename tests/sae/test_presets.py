@@ -109,6 +109,7 @@ def test_flags_override_a_preset() -> None:
     assert (cfg.train.k, cfg.train.d_sae, cfg.hookpoint, str(cfg.root)) == (64, 32_768, "h.8", "elsewhere")
     quick = train_door.parse(["--preset=quick"])
     assert (quick.model, quick.train.batch_tokens, quick.train.train_tokens) == ("default", 4_096, 819_200)
+    assert quick.train.lr == 3e-3, "1e-3 leaves .05 of FVU behind in so few steps (docs/decisions/017)"
     assert train_door.parse([]) == train_door.TrainDoor()
 
 
