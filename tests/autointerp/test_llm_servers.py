@@ -110,13 +110,15 @@ def ask(text: str, **options) -> GenerateRequest:
 def test_replies_sampling_and_schema(server: Server, tmp_path: Path) -> None:
     cache = ReplyCache(tmp_path / "replies.sqlite")
     client = CachedClient(client_of(server), cache)
-    schema = {"type": "object", "properties": {"match": {"type": "array", "items": {"type": "integer"}}},
-              "required": ["match"], "additionalProperties": False}  # fmt: skip
-    asked = [ask("Write one word."), ask("Say hello.", max_tokens=1), ask("Numbers.", schema=schema, max_tokens=64)]
+    schema = {"type": "object", "properties": {"odd": {"type": "integer"}}, "required": ["odd"],
+              "additionalProperties": False}  # fmt: skip
+    odd = ask("Which is odd, 2 or 3 or 4? Answer with JSON: {\"odd\": number}", schema=schema, max_tokens=40)
+    asked = [ask("Write one word."), ask("Say hello.", max_tokens=1), odd]
     replies = client.generate(asked)
     assert all(isinstance(r, Reply) for r in replies), replies
     assert replies[1].usage.output_tokens == 1 and replies[0].usage.prompt_tokens > 3
-    assert set(json.loads(replies[2].text)) == {"match"}
+    print(f"{server.kind}: {[r.text for r in replies]}")
+    assert set(json.loads(replies[2].text)) == {"odd"}
     assert client.generate(asked) == replies and client.ledger.totals()["sent"] == 3, "the second time from the cache"
 
 
