@@ -59,7 +59,8 @@ class InterpConfig:
     """File name in autointerp/simulators, for the scorer `simulation`. all_at_once, structured and token_by_token ask
     the language model."""
     client: str = "transformers"
-    """File name in autointerp/clients: transformers (embedded), openai, batch (files for OpenAI's Batch API)."""
+    """File name in autointerp/clients: transformers (embedded), openai, vllm (in this process), batch (files for
+    OpenAI's Batch API)."""
     llm: str | None = None
     """Model name for the client; by default the embedded model."""
     base_url: str | None = None

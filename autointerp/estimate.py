@@ -33,7 +33,10 @@ SAMPLE = 2
 """Latents rendered; two, so that there is a shuffled floor."""
 TYPICAL_TEXT = "words about the weather, and names of places that often stand near them"
 STAND_IN_PI = 0.01
-CAPABILITIES = {"transformers": Capabilities(next_token=True, continuation=True, slots=True, local=True)}
+CAPABILITIES = {
+    "transformers": Capabilities(next_token=True, continuation=True, slots=True, local=True),
+    "vllm": Capabilities(next_token=True, continuation=True, slots=True, structured="json_schema"),
+}
 """Of the clients that can do more than write."""
 _NUMBERED = re.compile(r"^\[\d+\]", re.M)
 _TEXTS = re.compile(r"^Text \d+$", re.M)

@@ -116,15 +116,13 @@ def _found(w: Wanted, output: Any) -> Found:
 _ENGINE: Engine | None = None
 
 
-def _open(options: Mapping[str, Any], devices: str | None) -> None:
+def _open(options: Mapping[str, Any], devices: str | None) -> tuple[Any, int, str]:
+    """Open this process's engine; its tokenizer, context and type. No initializer of the pool, whose errors would not
+    be told."""
     global _ENGINE
     if devices is not None:
         os.environ[DEVICES] = devices  # before vLLM looks at them
     _ENGINE = Engine(options)
-
-
-def _about() -> tuple[Any, int, str]:
-    assert _ENGINE is not None
     return _ENGINE.tokenizer, _ENGINE.context_tokens, _ENGINE.dtype
 
 
@@ -141,10 +139,10 @@ class Replicas:
         """Raises what opening an engine raises. The caller's door must be guarded by ``if __name__ == "__main__"``."""
         each = int(options.get("tensor_parallel_size", 1))
         slices = device_slices(n, each, os.environ.get(DEVICES))
-        self._pools = [
-            ProcessPoolExecutor(1, get_context("spawn"), _open, (dict(options), devices)) for devices in slices
-        ]
-        opened = [pool.submit(_about) for pool in self._pools]  # all load at once
+        self._pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in slices]
+        opened = [
+            pool.submit(_open, dict(options), devices) for pool, devices in zip(self._pools, slices, strict=True)
+        ]  # all load at once
         self.tokenizer, self.context_tokens, self.dtype = [f.result() for f in opened][0]
 
     def run(self, wanted: Sequence[Wanted]) -> list[Found]:

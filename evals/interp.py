@@ -48,6 +48,8 @@ class Interpretation:
         options: dict[str, Any] = {}
         if i.client == "openai":
             options = {"model": i.llm, "base_url": i.base_url}
+        elif i.client == "vllm":
+            options = {"model": i.llm}
         elif i.client == "batch":
             options = {"model": i.llm, "folder": self.cfg.root / "batch"}
         elif i.client == "transformers":

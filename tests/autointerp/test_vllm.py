@@ -7,7 +7,6 @@ runs the same contract on the real engine, with the embedded model on a processo
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_vllm
@@ -21,7 +20,6 @@ from sae.errors import ConfigError, MissingExtra
 from sae.tokens import prefix_id
 
 WAYS = ("right", "stale", "once", "none")
-SUPPORT = Path(tiny_vllm.__file__).parent
 REAL = importlib.util.find_spec("vllm") is not None
 
 
@@ -129,7 +127,7 @@ def test_work_is_shared_out_in_runs_of_neighbours() -> None:
 def test_replicas_answer_as_one_engine_does(client, tiny_lm_dir, tmp_path, monkeypatch) -> None:
     """Two engines in processes of their own."""
     (tmp_path / "vllm.py").write_text("from tiny_vllm import *\nfrom tiny_vllm import sampling_params\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{SUPPORT}")
+    monkeypatch.syspath_prepend(tmp_path)  # spawned processes get this path
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     alone, both = client(), client(replicas=2)
     try:
