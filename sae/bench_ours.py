@@ -20,6 +20,9 @@ from sae.metric_log import MetricLog
 LOGGED_STEPS = 200
 """A run is told that it has at least so many steps, so that it writes its log as often as a real one does."""
 
+ENCODER_SCALE = 0.8
+"""Of the short runs measured here (docs/decisions/017)."""
+
 
 class SampleStore:
     """Start sample in the place of a store."""
@@ -54,6 +57,7 @@ class Ours:
                 d_sae=spec["d_sae"], k=spec["k"], lr=spec["lr"], lr_warmup_steps=0, lr_decay_share=0.0,
                 batch_tokens=batch, train_tokens=batch * max(LOGGED_STEPS, spec["steps"]), aux_alpha=spec["aux_alpha"],
                 dead_tokens=spec["dead_tokens"], seed=seed, encoder_dtype=spec.get("encoder_dtype", "float32"),
+                encoder_scale=ENCODER_SCALE,
             )  # fmt: skip
             log = self.stack.enter_context(MetricLog(folder / f"{seed}.jsonl"))
             store = SampleStore(sample_ND)

@@ -195,6 +195,9 @@ class TrainConfig:
     """Largest global norm of the gradient; none: no clipping."""
     ema_decay: float = 0.0
     """Decay of the averaged weights, which are then what is saved (the paper: 0.999); 0: no average."""
+    encoder_scale: float = 1.0
+    """Starting codes times this factor. At 1 they fit the sample best; below, the encoder turns faster: better in short
+    runs (docs/decisions/017)."""
     encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     """topk on a CPU: operands of the encoder product. bfloat16 picks about 1 % other latents while it trains; weights,
     optimiser, everything else and the SAE that is saved are float32. A GPU multiplies bfloat16 copies anyway."""
@@ -202,6 +205,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         narrow = self.encoder_dtype != "float32"
         require(not narrow or self.architecture == "topk", f"encoder_dtype is not for {self.architecture!r}")
+        require(self.encoder_scale > 0, f"encoder_scale must be positive, got {self.encoder_scale}")
         require(self.grad_clip is None or self.grad_clip > 0, f"grad_clip must be positive, got {self.grad_clip}")
         require(0 <= self.ema_decay < 1, f"ema_decay must lie in 0..1 (1 excluded), got {self.ema_decay}")
         require(self.d_sae >= 1, f"d_sae must be positive, got {self.d_sae}")

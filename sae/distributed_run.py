@@ -65,6 +65,8 @@ def start(
             "differ; collect them again, with the model in float32"
         )
     sharded.initialise(sae, n_ND, cfg.seed, mesh)
+    if cfg.encoder_scale != 1:
+        sae.scale_codes_(cfg.encoder_scale)
     state = TrainState(
         cfg=cfg, v0=v0, input_rms_norm=float(n_ND.double().square().sum(1).mean().sqrt()), d_in=store.d_in,
         last_fired_tokens_F=torch.zeros(len(sae.W_enc_FD), dtype=torch.int64, device=mesh.device),

@@ -151,6 +151,8 @@ def start(
         sae.initialise(n_ND, cfg.seed)
     else:
         sae.initialise_pair(n_ND, t_NO, cfg.seed)
+    if cfg.encoder_scale != 1:
+        sae.scale_codes_(cfg.encoder_scale)
     state = TrainState(
         cfg=cfg, v0=v0, input_rms_norm=float(n_ND.double().square().sum(1).mean().sqrt()),
         last_fired_tokens_F=torch.zeros(cfg.d_sae, dtype=torch.int64, device=device), d_in=store.d_in,

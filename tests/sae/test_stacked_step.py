@@ -151,3 +151,13 @@ def test_a_bfloat16_product_trains_as_well_and_for_topk_alone(
     assert narrow.last["fvu"] == pytest.approx(full.last["fvu"], rel=0.02)
     with pytest.raises(ConfigError, match="encoder_dtype is not for 'relu'"):
         replace(CFG, architecture="relu", encoder_dtype="bfloat16")
+
+
+def test_the_starting_encoder_takes_its_factor_and_nothing_else(store: PlantedStore, tmp_path: Path) -> None:
+    plain, halved = (run.sae for run in started([CFG, replace(CFG, encoder_scale=0.5)], store, tmp_path))
+    assert torch.equal(halved.W_enc_FD, 0.5 * plain.W_enc_FD) and torch.equal(halved.W_dec_FD, plain.W_dec_FD)
+    x_ND = store.x_ND[:50]
+    torch.testing.assert_close(halved.encode(x_ND), 0.5 * plain.encode(x_ND))
+    assert set(train_run.identity(CFG)) == train_run.FIRST_FIELDS, "the names of existing SAEs stay"
+    with pytest.raises(ConfigError, match="encoder_scale"):
+        replace(CFG, encoder_scale=0.0)
