@@ -235,10 +235,11 @@ def _blocks(u_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, dtype: torch.dtype 
     buffer_nF = u_ND.new_empty(rows, len(W_enc_FD))
     if dtype is not None:
         u_ND, W_enc_FD, b_enc_F = u_ND.to(dtype), W_enc_FD.to(dtype), b_enc_F.to(dtype)
+    narrow_nF = None if dtype is None else u_ND.new_empty(buffer_nF.shape)
     for start in range(0, len(u_ND), max(rows, 1)):
         u_nD = u_ND[start : start + rows]
         h_nF = buffer_nF[: len(u_nD)]
-        ops_cpu.product(u_nD, W_enc_FD, b_enc_F, h_nF)
+        ops_cpu.product(u_nD, W_enc_FD, b_enc_F, h_nF, None if narrow_nF is None else narrow_nF[: len(u_nD)])
         yield h_nF, slice(start, start + len(u_nD))
 
 

@@ -90,10 +90,14 @@ def quick_product(u_ND: Tensor, W_FD: Tensor) -> Iterator[None]:
         yield
 
 
-def product(u_nD: Tensor, W_FD: Tensor, b_F: Tensor, out_nF: Tensor) -> None:
-    """``out = u @ W.T + b``; operands in 16 bits give a product rounded to them, converted to the type of ``out``."""
+def product(u_nD: Tensor, W_FD: Tensor, b_F: Tensor, out_nF: Tensor, narrow_nF: Tensor | None = None) -> None:
+    """``out = u @ W.T + b``; operands in 16 bits give a product rounded to them, converted to the type of ``out``, by
+    way of ``narrow`` where room is given."""
     if out_nF.dtype == u_nD.dtype:
         with quick_product(u_nD, W_FD):
             torch.addmm(b_F, u_nD, W_FD.t(), out=out_nF)
     else:
-        out_nF.copy_(torch.addmm(b_F, u_nD, W_FD.t()))
+        found = torch.addmm(b_F, u_nD, W_FD.t()) if narrow_nF is None else narrow_nF
+        if narrow_nF is not None:
+            torch.addmm(b_F, u_nD, W_FD.t(), out=narrow_nF)
+        out_nF.copy_(found)
