@@ -22,7 +22,7 @@ from autointerp.rates import (
     precision_at,
     wilson,
 )
-from autointerp.records import Exemplar, Failure, LatentScore, ScoreItem
+from autointerp.records import DIAGNOSTIC_KINDS, Exemplar, Failure, LatentScore, ScoreItem
 from sae.manifest import rng
 
 __all__ = ["detection_scores", "make_items", "null_scores", "base_score", "choose_threshold", "pooled_precision", "auc"]
@@ -33,6 +33,8 @@ N_DRAWS = 10_000
 """Draws of the Beta posteriors."""
 HARD_KINDS = ("same_token", "co_occurring")
 """Negative kinds whose absence is reported as a null row."""
+DIAGNOSTIC_GROUPS = frozenset(f"kind={kind}" for kind in DIAGNOSTIC_KINDS)
+"""Their failures are theirs alone."""
 DETECTION_METRICS = (
     "recall", "fpr_silent", "phi", "balanced_accuracy", "precision", "precision_at_half", "f1", "auc",
 )  # fmt: skip
@@ -266,16 +268,20 @@ def detection_scores(
     """
     base = base_score(job, scorer=scorer, version=version, judge=judge)
     cells = count_cells(job.exemplars, items)
-    n_pos, n_neg = sum(c.n for c in cells.groups.values()), sum(c.n for c in cells.kinds.values())
-    n_failed = sum(c.failed for c in (*cells.groups.values(), *cells.kinds.values()))
-    asked = n_pos + n_neg + n_failed
-    too_many = asked > 0 and n_failed / asked > MAX_FAILED_SHARE
+    drawn = [c for kind, c in cells.kinds.items() if kind not in DIAGNOSTIC_KINDS]
+    n_pos, n_neg = sum(c.n for c in cells.groups.values()), sum(c.n for c in drawn)
+    n_failed = sum(c.failed for c in (*cells.groups.values(), *drawn))
+    too_many = _too_many(n_failed, n_pos + n_neg + n_failed)
     counted = {"n_pos": n_pos, "n_neg": n_neg, "n_failed": n_failed}
     rows = _rate_rows(job, cells, too_many, {**base, **counted})
     rows += _cell_rows(cells, too_many, base)
     if any(item.value is not None for item in items):
         rows += _auc_rows(job, items, too_many, base)
     return tuple(rows)
+
+
+def _too_many(n_failed: int, asked: int) -> bool:
+    return asked > 0 and n_failed / asked > MAX_FAILED_SHARE
 
 
 def _null_reason(metric: str, job: ScoreJob, rates: _Rates, too_many: bool) -> str:
@@ -339,7 +345,8 @@ def _cell_rows(cells: Cells, too_many: bool, base: Mapping) -> list[LatentScore]
     found = [("recall", f"decile={g}", c, True) for g, c in cells.groups.items() if g >= 0]
     found += [("fpr", f"kind={k}", c, False) for k, c in cells.kinds.items()]
     for metric, group, c, positive in found:
-        rows.append(cell_row(metric, group, c, too_many, base, positive=positive))
+        null = too_many or (group in DIAGNOSTIC_GROUPS and _too_many(c.failed, c.n + c.failed))
+        rows.append(cell_row(metric, group, c, null, base, positive=positive))
     for kind in HARD_KINDS:
         if kind not in cells.kinds:
             rows.append(LatentScore(metric="fpr", group=f"kind={kind}", null_reason="no_hard_negative", **base))
@@ -358,7 +365,8 @@ def _auc_rows(job: ScoreJob, items: Sequence[ScoreItem], too_many: bool, base: M
         pos = [i.value for i in positive if i.value is not None]
         neg = [i.value for i in negative if i.value is not None]
         n_failed = len(positive) + len(negative) - len(pos) - len(neg)
-        value = None if too_many else auc(pos, neg)
+        null = too_many or (kind in DIAGNOSTIC_KINDS and _too_many(len(negative) - len(neg), len(negative)))
+        value = None if null else auc(pos, neg)
         key = (job.sae_id, job.latent, job.explanation.explanation_id, base["scorer"], kind)
         interval = None if value is None else auc_interval(pos, neg, *key)
         rows.append(
@@ -372,7 +380,7 @@ def _auc_rows(job: ScoreJob, items: Sequence[ScoreItem], too_many: bool, base: M
                 n_neg=len(neg),
                 n_failed=n_failed,
                 value_worst=_worst_auc(pos, neg, len(positive) * len(negative)),
-                null_reason=("too_many_failures" if too_many else "one_class") if value is None else None,
+                null_reason=("too_many_failures" if null else "one_class") if value is None else None,
                 **base,
             )
         )

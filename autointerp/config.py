@@ -29,6 +29,9 @@ class ExemplarConfig:
     score_silent: int = 20
     score_hard: int = 10
     """Per hard kind: same_token, co_occurring; half as many for decoder_near."""
+    score_embedding_near: int = 0
+    """Silent windows that read most like the latent's own, by sentence embeddings. 0: none. Every window of the split
+    (at most 20,000) is embedded once, 47 a second on one core; a diagnostic that moves no other number."""
     min_windows: tuple[int, int, int] = (10, 5, 20)
     """A latent is eligible with this many positive windows in explain, calibrate and score."""
     seed: int = 0
@@ -36,6 +39,7 @@ class ExemplarConfig:
     def __post_init__(self) -> None:
         require(len(self.min_windows) == 3, f"min_windows wants three numbers, got {self.min_windows}")
         require(0 <= self.left_tokens < self.window_tokens, "left_tokens must be smaller than window_tokens")
+        require(self.score_embedding_near >= 0, "score_embedding_near must be 0 or more")
         require(self.n_groups >= 1, f"n_groups must be positive, got {self.n_groups}")
         require(self.window_tokens >= self.min_window_tokens >= 1, "window_tokens must be at least min_window_tokens")
 

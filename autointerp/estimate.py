@@ -189,8 +189,8 @@ class _StandIns:
             return shown + self._windows(latent, split, "silent", cfg.calibrate_silent)
         shown = self._windows(latent, split, "quantile", cfg.score_positive)
         shown += self._windows(latent, split, "silent", cfg.score_silent)
-        for kind, n in (("same_token", cfg.score_hard), ("co_occurring", cfg.score_hard),
-                        ("decoder_near", cfg.score_hard // 2)):  # fmt: skip
+        hard = (("same_token", cfg.score_hard), ("co_occurring", cfg.score_hard), ("decoder_near", cfg.score_hard // 2))
+        for kind, n in (*hard, ("embedding_near", cfg.score_embedding_near)):
             shown += self._windows(latent, split, kind, n)
         return shown
 

@@ -260,8 +260,21 @@ class LatentDraw:
             free = np.array([i for i in inside.tolist() if i not in taken], dtype=np.int64)
             docs = windows.doc[silent.windows[free]] if self.text.split == EXPLAIN else None
             drawn += [(kind, free[i]) for i in negatives.draw(free, wanted, self.generator(kind), doc_of=docs)]
+        return self._silent_records(silent, drawn)
+
+    def draw_nearest(
+        self, silent: negatives.Silent, kind: str, order: Ints, n: int, drawn: list[Exemplar]
+    ) -> list[Exemplar]:
+        """The first ``n`` windows of ``order`` that are silent and not among ``drawn``; verified like the others."""
+        starts = [e.row * self.text.windows.row_tokens + e.start for e in drawn]
+        free = np.isin(order, silent.windows) & ~np.isin(self.text.windows.start[order], starts)
+        chosen = np.searchsorted(silent.windows, order[free][:n])
+        return self._silent_records(silent, [(kind, int(i)) for i in chosen])
+
+    def _silent_records(self, silent: negatives.Silent, drawn: list[tuple[str, int]]) -> list[Exemplar]:
+        """Records of (kind, position in ``silent.windows``)."""
+        windows, out = self.text.windows, []
         negatives.verify_silent(windows, silent.windows[[i for _, i in drawn]], self.flat)
-        out = []
         for kind, i in drawn:
             w, stratum = int(silent.windows[i]), int(silent.stratum[i])
             neighbour = int(silent.neighbour[i])

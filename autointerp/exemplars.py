@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from autointerp.config import ExemplarConfig
+from autointerp.embedding_near import EmbeddingNear, open_pool
 from autointerp.exemplar_draws import LatentDraw, SplitText, draw_pairs, read_texts
+from autointerp.interfaces import EmbedderLike
 from autointerp.latent_cache import LatentCache, sample_latents
 from autointerp.records import (
     CALIBRATE,
@@ -46,17 +48,25 @@ FAILURE_FIELDS = ("latent", "code", "stage", "detail")
 
 
 def build_exemplars(
-    root: Path, cache: LatentCache, latents: Iterable[int], cfg: ExemplarConfig, *, force: bool = False
+    root: Path, cache: LatentCache, latents: Iterable[int], cfg: ExemplarConfig, *, force: bool = False,
+    embedder: EmbedderLike | None = None, tokenizer: Any = None,
 ) -> "ExemplarTable":
     """Draw and verify the windows of ``latents``; writes ``exemplars/<key>/``, skips a complete one.
 
     A latent with too few positive windows becomes a failure record and has no rows. Raises :class:`LeakError` if a
-    document is in two splits, :class:`ConfigError` if the cache was cut into other windows or lacks a split.
+    document is in two splits, :class:`ConfigError` if the cache was cut into other windows or lacks a split, or if
+    ``cfg.score_embedding_near`` is asked for without ``embedder`` and the subject's ``tokenizer`` (used for it alone).
     """
     wanted = sorted({int(i) for i in latents})
     _check(cache, wanted, cfg)
     config = to_dict(cfg) | {"latents": wanted}
     inputs = {"latents": cache.key}
+    nearby = None
+    if cfg.score_embedding_near == 0:
+        del config["score_embedding_near"]  # tables older than this kind keep their keys
+    else:
+        nearby = _nearby(root, cache, embedder, tokenizer)
+        inputs["window_embeddings"] = nearby.key
     key = key_of(KIND, STAGE_VERSION, config, inputs)
     folder = artefact_dir(root, KIND, key)
     if is_complete(folder) and not force:
@@ -71,7 +81,7 @@ def build_exemplars(
             failures.append({"latent": latent, **_ineligible(cache, latent, cfg)})
             continue
         neighbours = {"co_occurring": near[latent], "decoder_near": cache.nearest(latent)}
-        drawn, missing = _draw(cache, texts, latent, cfg, neighbours)
+        drawn, missing = _draw(cache, texts, latent, cfg, neighbours, nearby)
         rows += drawn
         failures += [{"latent": latent, **failure} for failure in missing]
     rows.sort(key=_order)
@@ -102,6 +112,15 @@ def _check(cache: LatentCache, latents: Sequence[int], cfg: ExemplarConfig) -> N
         raise ConfigError(f"{cache.sae_id} has latents 0..{cache.d_sae - 1}, not {wrong[:5]}")
 
 
+def _nearby(root: Path, cache: LatentCache, embedder: EmbedderLike | None, tokenizer: Any) -> EmbeddingNear:
+    if embedder is None or tokenizer is None:
+        raise ConfigError(
+            "score_embedding_near needs a sentence embedding model and the subject's tokenizer; give "
+            "--interp.embedder default (or a folder), or --exemplars.score-embedding-near 0"
+        )
+    return open_pool(root, cache, embedder, tokenizer)
+
+
 def _ineligible(cache: LatentCache, latent: int, cfg: ExemplarConfig) -> dict[str, str]:
     stats = cache.stats.loc[latent]
     dead = int(stats["n_active"]) == 0
@@ -120,6 +139,7 @@ def _draw(
     latent: int,
     cfg: ExemplarConfig,
     near: dict[str, list[int]],
+    nearby: EmbeddingNear | None,
 ) -> tuple[list[Exemplar], list[dict[str, str]]]:
     """All exemplars of one latent and the hard kinds that yielded nothing."""
     shown: set[bytes] = set()
@@ -144,6 +164,10 @@ def _draw(
             hard = {"same_token": n, "co_occurring": n, "decoder_near": n // 2}
             found = draw.quantile_grid(cfg.score_positive, forbidden)
             found += draw.draw_silent(silent, cfg.score_silent, hard)
+            if nearby is not None:
+                hard["embedding_near"] = cfg.score_embedding_near
+                order = nearby.order([e for e in rows if e.split == EXPLAIN and e.positive])
+                found += draw.draw_nearest(silent, "embedding_near", order, cfg.score_embedding_near, found)
         kinds = {e.kind for e in found}
         for kind in (k for k, n in hard.items() if n > 0 and k not in kinds):
             failure = Failure(code="no_hard_negative", stage="exemplars", detail=f"{kind} on split {split}")

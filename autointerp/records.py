@@ -14,7 +14,9 @@ EXPLAIN, CALIBRATE, SCORE = "explain", "calibrate", "score"
 INTERP_SPLITS = (EXPLAIN, CALIBRATE, SCORE)
 
 POSITIVE_KINDS = ("top", "quantile", "random_positive")
-NEGATIVE_KINDS = ("silent", "same_token", "co_occurring", "decoder_near")
+DIAGNOSTIC_KINDS = ("embedding_near",)
+"""Silent windows of no known share of the population: scored as a group of their own, never part of another metric."""
+NEGATIVE_KINDS = ("silent", "same_token", "co_occurring", "decoder_near", *DIAGNOSTIC_KINDS)
 
 TRANSPORT_CODES = frozenset({"timeout", "rate_limited", "server_error", "connection", "pending"})
 """The request got no reply at all; asked again, it may."""

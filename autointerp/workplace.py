@@ -104,12 +104,7 @@ class Opened:
     def embedder(self) -> EmbedderLike | None:
         from autointerp.embedder import Embedder
 
-        which = self.place.embedder
-        if which == "none":
-            return None
-        if which == "default":
-            return Embedder.load(device=self.place.device)
-        return Embedder(Path(which), device=self.place.device, name=Path(which).name)
+        return Embedder.choose(self.place.embedder, device=self.place.device)
 
     def client(self, place: Workplace | None = None) -> CachedClient:
         """The language model behind the reply cache, with the budget of ``place``."""

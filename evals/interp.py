@@ -64,14 +64,7 @@ class Interpretation:
     @cached_property
     def embedder(self) -> EmbedderLike | None:
         """The sentence embedding model of the embedded judges."""
-        from autointerp.embedder import Embedder
-
-        which = self.cfg.interp.embedder
-        if which == "none":
-            return None
-        if which == "default":
-            return Embedder.load(device=self.cfg.device)
-        return Embedder(Path(which), device=self.cfg.device, name=Path(which).name)
+        return self.stages.embedder
 
     @cached_property
     def score_context(self) -> ScoreContext:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autointerp.records import Exemplar, Explanation, Failure, ScoreItem, Simulation
+from autointerp.records import DIAGNOSTIC_KINDS, Exemplar, Explanation, Failure, ScoreItem, Simulation
 from evals.board import plain
 from evals.page_data import LatentData
 from evals.page_text import number, simulated_percent, visible, window_tokens
@@ -14,7 +14,12 @@ KIND_TITLES = (
     ("explain", ("quantile",), "Over the whole range", False),
     ("score", ("top", "quantile", "random_positive"), "Scored, active", False),
     ("score", ("silent",), "Scored, silent", False),
-    ("score", ("same_token", "co_occurring", "decoder_near"), "Scored, silent but close (hard negatives)", False),
+    (
+        "score",
+        ("same_token", "co_occurring", "decoder_near", *DIAGNOSTIC_KINDS),
+        "Scored, silent but close (hard negatives)",
+        False,
+    ),
     ("explain", ("random_positive",), "Random activations (used for the n-gram pattern)", True),
     ("explain", ("silent", "same_token", "co_occurring", "decoder_near"), "Silent, shown to the explainer", True),
     (

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from autointerp.embedding_near import POOL_WINDOWS
 from autointerp.estimate import planned, total
 from evals.effects import T_POSITIONS
 from evals.measure import select
@@ -23,6 +24,8 @@ from sae.tokens import SPLITS
 LM_EFFICIENCY = 0.75
 """Share of the plain product's speed that a whole forward pass reaches (attention, norms, softmax)."""
 TRAIN_EFFICIENCY = 0.9
+EMBEDDED_PER_S = 47
+"""Windows of 32 tokens by MiniLM in float64 on one core."""
 PRODUCTS = {"topk": 1.1, "batchtopk": 1.2, "matryoshka": 1.6, "jumprelu": 1.2, "relu": 1.4, "gated": 1.3}
 """Time of a step over that of its encoder product (docs/log.md)."""
 
@@ -132,6 +135,11 @@ def _interp_lines(
     ]
     n2g_tokens = i.latents * e.explain_random * 40 if "n2g" in i.explainers else 0
     windows = e.score_positive + e.score_silent + 2 * e.score_hard + e.calibrate_positive + e.calibrate_silent
+    windows += e.score_embedding_near
+    if e.score_embedding_near:
+        held_windows = min(POOL_WINDOWS, cfg.tokens.score_tokens // e.window_tokens)
+        texts = held_windows + n_subjects * i.latents * (e.explain_top + e.n_groups + e.explain_random)
+        lines.append(PlanLine("exemplars", texts / EMBEDDED_PER_S, f"embedding_near: {texts:,} windows embedded"))
     llm_tokens = 0
     if "pmi" in i.explainers:
         llm_tokens += i.latents * 6 * 60

@@ -87,6 +87,10 @@ class RunConfig:
             seeds = getattr(self, name)
             require(len(set(seeds)) == len(seeds), f"--{name.replace('_', '-')} names a seed twice")
         require(self.workers >= 1, f"--workers must be at least 1, got {self.workers}")
+        require(
+            self.exemplars.score_embedding_near == 0 or self.interp.embedder != "none",
+            "--exemplars.score-embedding-near needs an embedder; give --interp.embedder default (or a folder), or 0",
+        )
         require(self.effect_windows >= 0, f"--effect-windows must be 0 or more, got {self.effect_windows}")
 
     def train_configs(self) -> "list[TrainConfig]":
@@ -139,7 +143,7 @@ def paper() -> RunConfig:
         train=TrainConfig(
             d_sae=32_768, train_tokens=500_000_000, batch_tokens=32_768, lr=1.4e-4, dead_tokens=10_000_000
         ),
-        exemplars=ExemplarConfig(score_positive=50, score_silent=50, explain_random=16),
+        exemplars=ExemplarConfig(score_positive=50, score_silent=50, explain_random=16, score_embedding_near=5),
         interp=InterpConfig(latents=1_000, costly_latents=None),
     )
 

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from sae.language_model import LanguageModel, default_dtype
 from sae.manifest import is_complete, sha256_file, writing
 from sae.tokens import TokenSet, build_tokens, drop_ids
 from sae.train import TrainingDiverged, train_many
+
+if TYPE_CHECKING:
+    from autointerp.interfaces import EmbedderLike
 
 logger = logging.getLogger(__name__)
 SAMPLE_TOKENS = 16_384
@@ -275,15 +278,27 @@ class Pipeline:
             return {sae.sae_id: cache for sae, cache in zip(self.saes, caches, strict=True)}
 
     @cached_property
+    def embedder(self) -> "EmbedderLike | None":
+        """The sentence embedding model of the embedded judges and of the windows `embedding_near`."""
+        from autointerp.embedder import Embedder
+
+        return Embedder.choose(self.cfg.interp.embedder, device=self.cfg.device)
+
+    @cached_property
     def exemplars(self) -> dict[str, ExemplarTable]:
         """Exemplars of the sampled latents of every SAE; a subject that fails is reported and left out."""
         cfg, tables = replace(self.cfg.exemplars, seed=self.cfg.seed), {}
         caches = self.latents
+        near: dict[str, Any] = {}
+        if cfg.score_embedding_near:
+            near = {"embedder": self.embedder, "tokenizer": self.lm().tokenizer}
         with self.log.stage("exemplars") as stage:
             for sae_id, cache in caches.items():
                 try:
                     sample = sample_latents(cache, self.cfg.interp.latents, self.cfg.seed, cfg)
-                    tables[sae_id] = build_exemplars(self.root, cache, sample.latents, cfg, force=self.cfg.force)
+                    tables[sae_id] = build_exemplars(
+                        self.root, cache, sample.latents, cfg, force=self.cfg.force, **near
+                    )
                     self.log.notes.setdefault("latents", {})[sae_id] = {
                         "alive": sample.alive,
                         "eligible": sample.eligible,

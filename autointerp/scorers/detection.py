@@ -12,7 +12,7 @@ from autointerp.client import Client, Origin
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
 from autointerp.judging import MODES, Mode, Question, Verdict, YesNoJudge, ordered, verdict_item
 from autointerp.prompts import load_prompt, window_text
-from autointerp.records import Exemplar, Explanation
+from autointerp.records import DIAGNOSTIC_KINDS, Exemplar, Explanation
 from sae.config import require
 from sae.errors import Unsupported
 from sae.manifest import rng
@@ -39,16 +39,22 @@ class Detection:
             raise Unsupported("'detection' needs a language model; choose a client or another scorer")
         jobs = [replace(job, exemplars=tuple(ordered(job.exemplars))) for job in jobs]
         usable = [i for i, job in enumerate(jobs) if job.explanation.text is not None and job.exemplars]
-        asked = [(jobs[i].explanation, jobs[i].latent, jobs[i].exemplars) for i in usable]
-        found = dict(zip(usable, self.verdicts(asked, ctx, ctx.client), strict=True))
+        found: dict[int, dict[str, Verdict]] = {i: {} for i in usable}
+        for apart in (False, True):  # a diagnostic window never shares a request with one that counts
+            shown = {i: [e for e in jobs[i].exemplars if (e.kind in DIAGNOSTIC_KINDS) == apart] for i in usable}
+            asked = [(jobs[i].explanation, jobs[i].latent, windows) for i, windows in shown.items() if windows]
+            answers = self.verdicts(asked, ctx, ctx.client) if asked else []
+            for i, said in zip((i for i, windows in shown.items() if windows), answers, strict=True):
+                found[i] |= {e.exemplar_id: v for e, v in zip(shown[i], said, strict=True)}
         identity: dict[str, Any] = {
             "scorer": self.name, "version": self.version, "judge": ctx.client.identity.model,
         }  # fmt: skip
         results = []
         for i, job in enumerate(jobs):
             if i in found:
-                said = zip(job.exemplars, found[i], strict=True)
-                items = tuple(verdict_item(job.explanation, e, v, self.name) for e, v in said)
+                items = tuple(
+                    verdict_item(job.explanation, e, found[i][e.exemplar_id], self.name) for e in job.exemplars
+                )
                 results.append(ScoreResult(scores=detection_scores(job, items, **identity), items=items))
                 continue
             results.append(unscored(job, self.metrics, **identity))
