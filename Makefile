@@ -7,7 +7,7 @@ RESULTS ?= results
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check env lint types imports bench gpu site browser interop llm crosscheck clean
+.PHONY: mesh demo test check env lint types imports bench gpu site browser interop llm crosscheck clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
@@ -35,6 +35,9 @@ gpu: env  ## on a machine with an NVIDIA GPU: the tests that need one, launch se
 	$(PY) kernels/bench.py
 	$(PY) kernels/bench_summary.py --write
 
+mesh: env  ## training on every mesh of 2 and 4 processes, with every architecture (CI takes a part of them)
+	$(PY) -m pytest tests/sae/test_distributed.py tests/sae/test_distributed_meshes.py
+
 site: env  ## rebuild leaderboard and pages from the rows
 	$(PY) -m evals.leaderboard --root $(RESULTS)
 
@@ -42,7 +45,7 @@ browser: env  ## the pages in a real Chromium (Debian: apt-get install chromium)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	$(PY) -m pytest -m browser tests/browser
 
-interop: env  ## goldens anew by SAELens, dictionary_learning, sparsify and Llamascopium, each in its own environment
+interop: env  ## goldens anew by the six libraries that write these files, each in its own environment
 	PYTHON=$(PYTHON) tests/interop/rebuild.sh $(PY)
 
 llm: env  ## real servers in their own environments: llama.cpp's, with VLLM=1 also vLLM on the processor; after make demo

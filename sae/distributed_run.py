@@ -11,15 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae import losses, ops_fused, optim, sharded
+from sae import ops_fused, optim, sharded
 from sae.base import NormStats, StepLoss, TrainState
 from sae.config import SAEConfig, SubjectMeta, TrainConfig
 from sae.distributed_cost import CAPACITY
 from sae.distributed_mesh import Mesh
-from sae.errors import DataError
 from sae.metric_log import MetricLog
 from sae.plugins import find
-from sae.train_run import L1_RAMP_SHARE, LOG_EVERY_STEPS, ROWS_PER_RUN, Run, Store, identity, input_norm
+from sae.train_run import (
+    L1_RAMP_SHARE,
+    LOG_EVERY_STEPS,
+    ROWS_PER_RUN,
+    Run,
+    Store,
+    identity,
+    input_norm,
+    start_variance,
+)
 
 SUMS = ("mse", "aux", "squares", "overflow", "sparsity", "active", "aux_active", "spare")
 """Figures of a step summed over all ranks. The first four are the same on all latent ranks, of which the first alone
@@ -56,14 +64,7 @@ def start(
         mesh,
     )  # fmt: skip
     n_ND, _ = sae.normalise(sample_ND)
-    v0 = float(losses.variance(n_ND))
-    if not (math.isfinite(v0) and v0 > 0):
-        n_bad = int((~torch.isfinite(sample_ND).all(1)).sum())
-        why = f"; {n_bad:,} of {len(sample_ND):,} sampled tokens are NaN or infinite" if n_bad else ""
-        raise DataError(
-            f"{folder.name}: the activations {store.key} have variance {v0}{why}: an SAE needs finite activations that "
-            "differ; collect them again, with the model in float32"
-        )
+    v0 = start_variance(n_ND, sample_ND, folder.name, store.key)
     sharded.initialise(sae, n_ND, cfg.seed, mesh)
     if cfg.encoder_scale != 1:
         sae.scale_codes_(cfg.encoder_scale)

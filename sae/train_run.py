@@ -115,6 +115,19 @@ def run_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".run")
 
 
+def start_variance(t_NO: Tensor, sample_ND: Tensor, name: str, store_key: str) -> float:
+    """Variance of what is to be reconstructed, on the start sample; DataError unless it is positive and finite."""
+    v0 = float(losses.variance(t_NO))
+    if not (math.isfinite(v0) and v0 > 0):
+        n_bad = int((~torch.isfinite(sample_ND).all(1)).sum())
+        why = f"; {n_bad:,} of {len(sample_ND):,} sampled tokens are NaN or infinite" if n_bad else ""
+        raise DataError(
+            f"{name}: the activations {store_key} have variance {v0}{why}: an SAE needs finite activations that "
+            "differ; collect them again, with the model in float32"
+        )
+    return v0
+
+
 def start(
     cfg: TrainConfig, meta: SubjectMeta, key: str, folder: Path, store: Store, sample_ND: Tensor, log: MetricLog,
     target_NO: Tensor | None = None,
@@ -139,14 +152,7 @@ def start(
     sae.to(device)
     n_ND, _ = sae.normalise(sample_ND)
     t_NO = n_ND if target_NO is None else sae.normalise_target(target_NO)
-    v0 = float(losses.variance(t_NO))
-    if not (math.isfinite(v0) and v0 > 0):
-        n_bad = int((~torch.isfinite(sample_ND).all(1)).sum())
-        why = f"; {n_bad:,} of {len(sample_ND):,} sampled tokens are NaN or infinite" if n_bad else ""
-        raise DataError(
-            f"{folder.name}: the activations {store.key} have variance {v0}{why}: an SAE needs finite activations that "
-            "differ; collect them again, with the model in float32"
-        )
+    v0 = start_variance(t_NO, sample_ND, folder.name, store.key)
     if target_NO is None:
         sae.initialise(n_ND, cfg.seed)
     else:

@@ -34,6 +34,13 @@ from sae.ops_above import largest_mask
 from sae.train import train_many
 
 pytestmark = pytest.mark.slow
+
+
+def more(*values: Any) -> Any:
+    """A further case of a test whose first cases CI runs; ``make mesh`` runs all."""
+    return pytest.param(*values, marks=pytest.mark.mesh)
+
+
 __all__ = ["float64"]
 EVERY = [
     TOPK, BATCHTOPK, JUMPRELU, replace(TOPK, multi_topk=True),
@@ -43,7 +50,9 @@ EVERY = [
     replace(TOPK, input_norm="none", lr_law="sqrt_width"), replace(BATCHTOPK, input_norm="dataset_rms"),
 ]  # fmt: skip
 """k 30 is more than the 24 latents of a rank of four, and 4 k is all latents where k is 24."""
-RESHARD = [("data=2,latent=2", "latent=4"), ("latent=4", "data=2"), ("data=4", "data=2,latent=2"), ("data=2", "")]
+RESHARD = [
+    ("data=2,latent=2", "latent=4"), more("latent=4", "data=2"), more("data=4", "data=2,latent=2"), ("data=2", ""),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +109,7 @@ def test_float32_stays_within_rounding(tmp_path: Path) -> None:
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("mesh", ["latent=2", "data=2"])
+@pytest.mark.parametrize("mesh", ["latent=2", more("data=2")])
 def test_the_same_mesh_goes_on_bit_for_bit(mesh: str, tmp_path: Path) -> None:
     cfgs, files = [TOPK, BATCHTOPK], (checkpoint.WEIGHTS, checkpoint.CFG, checkpoint.REFERENCE)
     found = []
@@ -113,7 +122,7 @@ def test_the_same_mesh_goes_on_bit_for_bit(mesh: str, tmp_path: Path) -> None:
 
 
 # -- selection --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mesh", ["latent=2", "latent=4", "data=2,latent=2", "data=2"])
+@pytest.mark.parametrize("mesh", ["data=2,latent=2", more("latent=2"), more("latent=4"), more("data=2")])
 def test_the_largest_are_those_of_one_process(mesh: str, tmp_path: Path) -> None:
     shape = MeshShape.parse(mesh)
     parts = mesh_work.run(tmp_path, shape.world, mesh_work.select, mesh)
@@ -140,10 +149,11 @@ def test_what_a_rank_held_back_is_counted(tmp_path: Path) -> None:
     assert first["None"] == (0, 5 * 16) and second["None"] == (0, 0)
 
 
-@pytest.mark.parametrize("capacity", [4.0, None])
+@pytest.mark.parametrize("capacity", [4.0, more(None)])
 @pytest.mark.parametrize(
-    "change", [{}, {"architecture": "batchtopk"}, {"architecture": "jumprelu"}, {"architecture": "matryoshka"},
-               {"architecture": "relu"}, {"architecture": "gated"}, {"multi_topk": True}],
+    "change", [{}, more({"architecture": "batchtopk"}), more({"architecture": "jumprelu"}),
+               more({"architecture": "matryoshka"}), {"architecture": "relu"}, more({"architecture": "gated"}),
+               more({"multi_topk": True})],
 )  # fmt: skip
 def test_what_is_sent_is_what_was_said(change: dict[str, Any], capacity: float | None, tmp_path: Path) -> None:
     """Bytes of every step's collectives, with and without dead latents; replicas stay equal to the last bit."""
@@ -170,7 +180,7 @@ def test_what_is_sent_is_what_was_said(change: dict[str, Any], capacity: float |
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("mesh", "victim"), [("data=2,latent=2", 3), ("data=2,latent=2", 0), ("latent=2", 0)])
+@pytest.mark.parametrize(("mesh", "victim"), [("data=2,latent=2", 3), more("data=2,latent=2", 0), ("latent=2", 0)])
 def test_whoever_is_killed_is_named(mesh: str, victim: int, tmp_path: Path) -> None:
     """Rank 0 keeps the store of the process group here; its death is noticed all the same."""
     ended = kill_one(tmp_path, mesh, victim)
