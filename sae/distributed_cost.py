@@ -72,11 +72,16 @@ class DistributedConfig:
 
 
 def check_divides(cfg: TrainConfig, shape: MeshShape) -> None:
-    """:class:`sae.errors.ConfigError` where latents or tokens do not divide evenly, or nothing shards the loss."""
+    """:class:`sae.errors.ConfigError` where latents or tokens do not divide evenly, or nothing shards the loss or takes
+    an option of it."""
     known = ", ".join(SUPPORTED)
     require(
         cfg.architecture in SUPPORTED,
         f"architecture {cfg.architecture!r} has no sharded training; on a mesh: {known}. Train it in one process",
+    )
+    require(
+        cfg.encoder_dtype == "float32",
+        f"train.encoder_dtype {cfg.encoder_dtype} is for one process on a CPU: leave it out on a mesh",
     )
     for what, size, axis in (("d_sae", cfg.d_sae, "latent"), ("batch_tokens", cfg.batch_tokens, "data")):
         ranks = shape.size(axis)

@@ -60,6 +60,7 @@ def test_a_mesh_is_named_by_its_axes() -> None:
     [
         ({"d_sae": 50}, MeshShape(1, 4), "d_sae 50 does not divide by the 4 ranks .*'latent'.* 48 or 52"),
         ({"batch_tokens": 130}, MeshShape(4, 1), "batch_tokens 130 .*'data'.* 128 or 132"),
+        ({"encoder_dtype": "bfloat16"}, MeshShape(2, 1), "encoder_dtype bfloat16 is for one process"),
         ({"architecture": "transcoder"}, MeshShape(1, 2), "'transcoder' has no sharded training.*topk.*one process"),
     ],
 )
