@@ -6,7 +6,6 @@ Shapes: N tokens of one batch, D = width of the inputs; targets have a width of 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from sae.buffer import Batch, Tick
 from sae.manifest import key_of
+from sae.paired import TwoStores
 from sae.streams import LiveStore, LiveStream
 
 if TYPE_CHECKING:
     from sae.train_run import Store
 
 
-class LivePair:
+class LivePair(TwoStores):
     """Two hookpoints of one pass for transcoders, with what training reads of a :class:`sae.paired.PairedStore`.
 
     Targets are known of the tokens of the sample, and of the batch that came last.
@@ -36,22 +36,9 @@ class LivePair:
         return key_of("stream-pair", 1, {}, {"inputs": self.inputs.key, "targets": self.targets.key})
 
     @property
-    def d_in(self) -> int:
-        return self.inputs.d_in
-
-    @property
-    def d_out(self) -> int:
-        return self.targets.d_in
-
-    @property
     def n_kept(self) -> int:
         """Tokens of one pass of the stream."""
         return self.stream.n_kept
-
-    @cached_property
-    def kept_N(self) -> np.ndarray:
-        """int64 flat indices of the sample that pass both filters, ascending."""
-        return np.intersect1d(self.inputs.kept_N, self.targets.kept_N, assume_unique=True)
 
     def read(self, flat: Any) -> Tensor:
         """Inputs of tokens of the sample, float32 [n, D]."""

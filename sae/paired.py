@@ -16,8 +16,28 @@ from sae.errors import DataError
 from sae.manifest import key_of, rng
 
 
+class TwoStores:
+    """What a store of inputs and one of targets say together; ``inputs`` and ``targets`` come from the subclass."""
+
+    inputs: Any
+    targets: Any
+
+    @property
+    def d_in(self) -> int:
+        return self.inputs.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.targets.d_in
+
+    @cached_property
+    def kept_N(self) -> np.ndarray:
+        """int64 flat indices that pass both filters, ascending."""
+        return np.intersect1d(self.inputs.kept_N, self.targets.kept_N, assume_unique=True)
+
+
 @dataclass(frozen=True)
-class PairedStore:
+class PairedStore(TwoStores):
     """Reads like :class:`sae.activations.ActivationStore` of the inputs, and gives the targets of any token.
 
     A token counts where both stores keep it. ``DataError`` for stores of different tokens.
@@ -37,19 +57,6 @@ class PairedStore:
     def key(self) -> str:
         """16 hex digits of both stores."""
         return key_of("paired", 1, {}, {"inputs": self.inputs.key, "targets": self.targets.key})
-
-    @property
-    def d_in(self) -> int:
-        return self.inputs.d_in
-
-    @property
-    def d_out(self) -> int:
-        return self.targets.d_in
-
-    @cached_property
-    def kept_N(self) -> np.ndarray:
-        """int64 flat indices that pass both filters, ascending."""
-        return np.intersect1d(self.inputs.kept_N, self.targets.kept_N, assume_unique=True)
 
     @property
     def n_kept(self) -> int:
