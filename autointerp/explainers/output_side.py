@@ -21,7 +21,7 @@ class OutputSide(WrittenExplainer):
     """Two lists of tokens."""
 
     name: ClassVar[str] = "output_side"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     role: ClassVar[str] = "output"
 
     def shown(self, view: LatentView) -> list[Exemplar]:
