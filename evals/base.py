@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sae.activations import ActivationStore
     from sae.base import SAE, SparseLatents
     from sae.language_model import LanguageModel
+    from sae.tokens import TokenSet
 
 PRESETS = ("quick", "paper", "tiny")
 
@@ -28,6 +29,7 @@ NEEDS = frozenset(
         "test",  # stores["test"]: float32 activations of the split test
         "interp",  # stores explain, calibrate, score and the subject's latent cache
         "probes",  # activations at the last token of labelled prompts
+        "train_text",  # tokens of the split train, without activations
         "scores",  # finished autointerp scores of the subject
         "peers",  # SAEs of the same run trained alike but for the seed; without one the evaluation does not apply
         "truth",  # a known dictionary and data made from it; without one the evaluation does not apply
@@ -114,6 +116,11 @@ class SAESubject:
         x_hat = self.sae.decode(latents, x).to(x_ND.device)
         return type(latents)(*(part.to(x_ND.device) for part in latents)), x_hat
 
+    def decode(self, codes: "SparseLatents", x_ND: "torch.Tensor") -> "torch.Tensor":
+        """Reconstruction from any codes [N, K], with the input statistics of x."""
+        x = self._here(x_ND)
+        return self.sae.decode(type(codes)(*(self._here(part) for part in codes)), x).to(x_ND.device)
+
     def contributions(self, x_D: "torch.Tensor") -> Contributions:
         x = self._here(x_D[None])
         latents = self.sae.encode_sparse(x)
@@ -169,6 +176,8 @@ class EvalContext:
     """evals.probe_activations.ProbeActivations."""
     scores: "Path | None" = None
     """Folder of finished scores (autointerp.pipeline.open_scores)."""
+    train_text: "TokenSet | None" = None
+    """The split train."""
     peers: "Sequence[Subject]" = ()
     """Other seeds of the subject among those measured together."""
     truth: Any = None

@@ -63,8 +63,8 @@ class Measurement:
     hookpoint: str
     log: RunLog
     parts: Mapping[str, Callable[[], Any]]
-    """Makers of what evaluations need, by EvalContext field: stores, probes, truth (if there is one); called on first
-    use."""
+    """Makers of what evaluations need, by EvalContext field: stores, probes, train_text, truth (if there is one);
+    called on first use."""
     latents: Callable[[str], Any]
     """Latent cache of a subject, or None."""
     scores: Callable[[str], "Path | None"]
@@ -93,6 +93,7 @@ class Measurement:
             latents=self.latents(sae_id) if "interp" in needs and has_latents else None,
             probes=self.parts["probes"]() if "probes" in needs else None,
             scores=self.scores(sae_id) if "scores" in needs and has_latents else None,
+            train_text=self.parts["train_text"]() if "train_text" in needs else None,
             peers=self.peers(subject) if "peers" in needs else (),
             truth=self.parts["truth"]() if "truth" in needs else None,
             pretraining=self.pretraining,

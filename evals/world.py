@@ -60,7 +60,8 @@ def make_measurement(
         seed=cfg.seed,
         hookpoint=stages.hookpoint,
         log=log,
-        parts={"stores": stores, "probes": probes} | ({"truth": lambda: Truth.open(truth)} if truth else {}),
+        parts={"stores": stores, "probes": probes, "train_text": lambda: stages.tokens["train"]}
+        | ({"truth": lambda: Truth.open(truth)} if truth else {}),
         pretraining=Pretraining(
             cfg.pretraining_tokens, Curve.open(cfg.pretraining_curve) if cfg.pretraining_curve else None),
         latents=lambda sae_id: stages.latents.get(sae_id),

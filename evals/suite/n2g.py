@@ -7,15 +7,15 @@ fires. The unit of every interval is the latent; the text inside is held fixed.
 
 import logging
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from evals import n2g_scores, uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
-from evals.explained import read_explanations
 from evals.n2g_scores import Confusion, Firing
+from evals.patterns import LATENTS, PAIRS, Patterns, explained, latent_cache, patterns_of
 from evals.results import Estimate, Metric
 from sae.console import track
 from sae.manifest import content_of, rng
@@ -25,15 +25,9 @@ if TYPE_CHECKING:
 
     from autointerp.latent_cache import LatentCache
     from autointerp.n2g_patterns import PatternSet, TokenIndex
-    from autointerp.records import Explanation
 
 GAO = "Gao et al. 2024 (arXiv 2406.04093) 4.3"
 BY_LATENT = "Interval: latents."
-PAIRS = 16
-"""Positive activations from which patterns are built, and the last tokens of which make floor_token."""
-LATENTS = {"quick": 64, "paper": 1000, "tiny": 4}
-"""Latents measured at least (METRICS D 1). Patterns of those that were explained are read; if they are fewer, patterns
-of further latents of the same draw are built here, from as many activations each."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +86,7 @@ class N2G:
                 "resamples": uncertainty.resamples_of(preset)}
 
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
-        inputs = {"latents": _cache(ctx).key}
+        inputs = {"latents": latent_cache(ctx).key}
         if ctx.scores is not None:
             inputs["scores"] = content_of(ctx.scores)
         return inputs
@@ -101,7 +95,7 @@ class N2G:
         """Rows over the explained latents; one line of details per latent, failed builds included."""
         import pandas as pd
 
-        cache = _cache(ctx)
+        cache = latent_cache(ctx)
         patterns, failures = read_patterns(ctx)
         table = pd.DataFrame(latent_rows(cache, patterns, ctx.seed))
         rows = RowMaker(self, ctx)
@@ -122,51 +116,16 @@ class N2G:
         return EvalResult(rows=rows.rows, details=details, counts=counts)
 
 
-def _cache(ctx: EvalContext) -> "LatentCache":
-    if ctx.latents is None:
-        raise RuntimeError("n2g needs the latent cache of its subject")
-    return ctx.latents
-
-
-def read_patterns(ctx: EvalContext) -> "tuple[dict[int, PatternSet], dict[int, str]]":
+def read_patterns(ctx: EvalContext) -> "Patterns":
     """Patterns by latent, and failure codes of the others: of the explanations that were scored, where there are any,
-    and of further latents up to the number of the preset."""
-    mine: list[Explanation] = []
-    if ctx.scores is not None:
-        mine = [e for e in read_explanations(ctx.scores) if e.explainer == "n2g"]
-    from autointerp.n2g_patterns import PatternSet
-
-    found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
-    failures = {e.latent: e.failure.code for e in mine if e.failure is not None}
-    pairs = max((len(e.exemplar_ids) for e in mine), default=PAIRS)
-    built, failed = _build_patterns(ctx, found.keys() | failures.keys(), pairs)
-    return found | built, failures | failed
-
-
-def _build_patterns(
-    ctx: EvalContext, known: "Set[int]", n_pairs: int
-) -> "tuple[dict[int, PatternSet], dict[int, str]]":
-    """Patterns and failure codes of as many latents as ``known`` lacks; drawn like those that are explained, whose
-    draw begins with the same latents."""
-    from autointerp.exemplars import draw_pairs
-    from autointerp.last_acts import LastActs
+    and, if those are fewer than the preset asks for, of the first latents of the draw that they began."""
     from autointerp.latent_cache import sample_latents
-    from autointerp.n2g import build_many, pad_token
-    from sae.tokens import prefix_id
 
-    if len(known) >= LATENTS[ctx.preset]:
-        return {}, {}
-    cache = _cache(ctx)
-    latents = [i for i in sample_latents(cache, LATENTS[ctx.preset], ctx.seed).latents.tolist() if i not in known]
-    if not latents:  # no more are eligible
-        return {}, {}
-    lm, sae = ctx.lm, ctx.subject.sae  # type: ignore[attr-defined]
-    pairs = {int(i): draw_pairs(cache, int(i), n_pairs, seed=ctx.seed) for i in latents}
-    results = build_many(
-        pairs, LastActs(lm, sae, ctx.hookpoint), pad_id=pad_token(lm.tokenizer), prefix=(prefix_id(lm.tokenizer),)
-    )
-    failures = {i: r.failure.code for i, r in results.items() if r.failure is not None}
-    return {i: r.patterns for i, r in results.items() if i not in failures}, failures
+    told = explained(ctx)
+    latents = told.found.keys() | told.failures.keys()
+    if len(latents) < LATENTS[ctx.preset]:
+        latents |= set(sample_latents(latent_cache(ctx), LATENTS[ctx.preset], ctx.seed).latents.tolist())
+    return patterns_of(ctx, latents)
 
 
 def latent_rows(cache: "LatentCache", patterns: "Mapping[int, PatternSet]", seed: int) -> list[dict[str, Any]]:

@@ -229,7 +229,7 @@ def test_explained_latents_are_completed_to_the_number_of_the_preset(cache, monk
     ctx = EvalContext(root=None, subject=subject, preset="tiny", seed=0, hookpoint="layers.1", latents=cache,
                       scores="folder", load_lm=lambda: lm)  # fmt: skip
     drawn = []
-    monkeypatch.setattr(n2g, "read_explanations", lambda folder: told)
+    monkeypatch.setattr("evals.patterns.read_explanations", lambda folder: told)
     monkeypatch.setattr("autointerp.last_acts.LastActs", Answers)
     monkeypatch.setattr("autointerp.n2g.pad_token", lambda tokenizer: PAD)
     monkeypatch.setattr("sae.tokens.prefix_id", lambda tokenizer: 0)

@@ -1,0 +1,112 @@
+"""N2G patterns of a subject's latents: read from its explanations, and built for further latents where one asks.
+
+What is built is kept for the run, so that two evaluations that ask for one latent build it once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING, NamedTuple
+
+from evals.explained import read_explanations
+from sae.manifest import rng
+
+if TYPE_CHECKING:
+    from autointerp.latent_cache import LatentCache
+    from autointerp.n2g_patterns import PatternSet
+    from evals.base import EvalContext
+
+PAIRS = 16
+"""Positive activations from which patterns are built where no explanation says how many."""
+LATENTS = {"quick": 64, "paper": 1000, "tiny": 4}
+"""Latents that an evaluation of patterns measures at least (METRICS D 1)."""
+BUILT_AT_ONCE = 1_024
+"""Latents whose probes are forwarded together: a probe's code takes about 1 KB, a latent asks for about 200."""
+STRATA = 10
+
+
+class Patterns(NamedTuple):
+    """Of some latents: the patterns of those that have any, and why the others have none."""
+
+    found: "dict[int, PatternSet]"
+    failures: dict[int, str]
+
+
+@dataclass
+class _Known:
+    """All patterns of one subject that this run has read or built."""
+
+    told: Patterns
+    n_pairs: int
+    built: Patterns = field(default_factory=lambda: Patterns({}, {}))
+
+
+def latent_cache(ctx: "EvalContext") -> "LatentCache":
+    """The latent cache of the context; it is a fault of the caller's `needs` if there is none."""
+    if ctx.latents is None:
+        raise RuntimeError("patterns need the latent cache of their subject; declare `interp` in `needs`")
+    return ctx.latents
+
+
+def _known(ctx: "EvalContext") -> _Known:
+    cache = latent_cache(ctx)
+
+    def read() -> _Known:
+        from autointerp.n2g_patterns import PatternSet
+
+        mine = []
+        if ctx.scores is not None:
+            mine = [e for e in read_explanations(ctx.scores) if e.explainer == "n2g"]
+        found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
+        failures = {e.latent: e.failure.code for e in mine if e.failure is not None}
+        return _Known(Patterns(found, failures), max((len(e.exemplar_ids) for e in mine), default=PAIRS))
+
+    known: _Known = ctx.memo(f"patterns.{cache.key}.{ctx.scores}.{ctx.hookpoint}.{ctx.seed}", read)
+    return known
+
+
+def explained(ctx: "EvalContext") -> Patterns:
+    """Those of the explanations by N2G that were scored; empty where there are none."""
+    return _known(ctx).told
+
+
+def patterns_of(ctx: "EvalContext", latents: Iterable[int]) -> Patterns:
+    """Patterns of ``latents``: those of the explanations, the others built now, from as many activations each."""
+    known, wanted = _known(ctx), sorted({int(i) for i in latents})
+    done = [*known.told, *known.built]
+    missing = [i for i in wanted if not any(i in part for part in done)]
+    for start in range(0, len(missing), BUILT_AT_ONCE):
+        more = _build(ctx, missing[start : start + BUILT_AT_ONCE], known.n_pairs)
+        known.built.found.update(more.found)
+        known.built.failures.update(more.failures)
+    found, failures = known.told.found | known.built.found, known.told.failures | known.built.failures
+    return Patterns({i: found[i] for i in wanted if i in found}, {i: failures[i] for i in wanted if i in failures})
+
+
+def _build(ctx: "EvalContext", latents: list[int], n_pairs: int) -> Patterns:
+    from autointerp.exemplars import draw_pairs
+    from autointerp.last_acts import LastActs
+    from autointerp.n2g import build_many, pad_token
+    from sae.tokens import prefix_id
+
+    cache, lm, sae = latent_cache(ctx), ctx.lm, ctx.subject.sae  # type: ignore[attr-defined]
+    pairs = {i: draw_pairs(cache, i, n_pairs, seed=ctx.seed) for i in latents}
+    results = build_many(
+        pairs, LastActs(lm, sae, ctx.hookpoint), pad_id=pad_token(lm.tokenizer), prefix=(prefix_id(lm.tokenizer),)
+    )
+    failures = {i: r.failure.code for i, r in results.items() if r.failure is not None}
+    return Patterns({i: r.patterns for i, r in results.items() if i not in failures}, failures)
+
+
+def stratified_latents(cache: "LatentCache", n: int, seed: int) -> list[int]:
+    """``n`` eligible latents, as many from each tenth of them by density (METRICS D), ascending; all if fewer exist.
+
+    Inside a tenth they come in the order of the uniform draw from which latents are explained
+    (``autointerp.latent_cache.sample_latents``), so that most of them have patterns already.
+    """
+    order = rng(seed, cache.sae_id, "sample_latents").permutation(cache.eligible()).tolist()
+    n_active = cache.stats["n_active"].to_numpy()
+    rank = {latent: place for place, latent in enumerate(sorted(order, key=lambda i: (int(n_active[i]), i)))}
+    tenths = [[i for i in order if rank[i] * STRATA // len(order) == b] for b in range(STRATA)]
+    rounds = (latent for one_of_each in zip_longest(*tenths) for latent in one_of_each if latent is not None)
+    return sorted(islice(rounds, n))
