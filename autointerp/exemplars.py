@@ -30,7 +30,7 @@ from autointerp.records import (
     Failure,
     LatentView,
 )
-from sae.config import to_dict
+from sae.config import from_dict, to_dict
 from sae.console import track
 from sae.errors import ArtefactError, ConfigError, LeakError
 from sae.manifest import artefact_dir, is_complete, key_of, read_manifest, writing
@@ -116,7 +116,8 @@ def _nearby(root: Path, cache: LatentCache, embedder: EmbedderLike | None, token
     if embedder is None or tokenizer is None:
         raise ConfigError(
             "score_embedding_near needs a sentence embedding model and the subject's tokenizer; give "
-            "--interp.embedder default (or a folder), or --exemplars.score-embedding-near 0"
+            "--interp.embedder default (or a folder), or --exemplars.score-embedding-near 0 (at the door explain: "
+            "--embedder default, or --exemplars score_embedding_near=0)"
         )
     return open_pool(root, cache, embedder, tokenizer)
 
@@ -216,6 +217,11 @@ class ExemplarTable:
             raise ArtefactError(f"{folder} holds {found}, expected {KIND} v{STAGE_VERSION}; build the exemplars again")
         self.folder = Path(folder)
         self.key: str = manifest["key"]
+        self.latents_key = str(manifest["inputs"]["latents"])
+        """Of the latent cache from which it was drawn."""
+        self.requested: list[int] = manifest["config"]["latents"]
+        """Latents asked for, those without exemplars included."""
+        self.config = from_dict(ExemplarConfig, {k: v for k, v in manifest["config"].items() if k != "latents"})
         self.counts: dict[str, Any] = manifest["counts"]
         self.sae_id: str = self.counts["sae_id"]
         self.table = pd.read_parquet(self.folder / "exemplars.parquet")
