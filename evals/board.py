@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from evals.columns import HEADLINE, ColumnSpec
-from evals.gains import Cell, Draws, Gain, gain_of
+from evals.gains import NOT_RUN, Cell, Draws, Gain, gain_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,7 +200,7 @@ def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str],
 
 def _cell(rows: "pd.DataFrame") -> Cell:
     if rows.empty:
-        return Cell(reason="not run")
+        return NOT_RUN
     row = {
         name: plain(rows.iloc[0][name])
         for name in ("value", "ci_low", "ci_high", "stderr", "n", "n_failed", "failure", "status", "pairing")

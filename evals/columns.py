@@ -183,6 +183,23 @@ HEADLINE = (
         description="Correlation of simulated and true activations, mean over latents.",
     ),
     ColumnSpec(
+        key="absorption",
+        title="Absorption",
+        eval="absorption",
+        metric="absorption_fraction",
+        better="lower",
+        description="Share of a word's first letter that other latents bring where the letter's own fall short; a "
+        "number only where the letter's latents know it (their F1 is at least 0.5), else the gate failed.",
+    ),
+    ColumnSpec(
+        key="absorption_main_f1",
+        title="First-letter F1",
+        eval="absorption",
+        metric="main_f1",
+        better="higher",
+        description="F1 of the first letter from a letter's main latents, mean over letters: the gate of absorption.",
+    ),
+    ColumnSpec(
         key="dead_frac",
         title="Dead",
         eval="reconstruction",

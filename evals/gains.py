@@ -30,7 +30,14 @@ class Cell:
     pairing: str = ""
     """Cells of equal pairing were measured on the same inputs."""
 
+    @property
+    def gap(self) -> str:
+        """What a table shows instead of a value: the failure code of an undefined number, a dash for none at all."""
+        state, _, code = self.reason.partition(": ")
+        return code.replace("_", " ") if state == "undefined" and code.isidentifier() else "–"
 
+
+NOT_RUN = Cell(reason="not run")
 Draws = Callable[[str, str, str, str, str], "np.ndarray | None"]
 """(sae_id, eval, run_key, metric, split) -> resampled values [R]; None where none were kept."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.board import PROVENANCE, SUBJECT_FIELDS, Board, BoardSubject, Column, build_board
 from evals.columns import HEADLINE
-from evals.gains import Cell, Gain
+from evals.gains import NOT_RUN, Cell, Gain
 from evals.matched import matched_l0, pareto
 from evals.page_data import RunInfo, run_info
 from evals.page_text import number
@@ -29,9 +29,9 @@ DOMINANCE = ("fvu", "delta_ce")
 
 
 def cell_text(cell: Cell, digits: int = 3) -> str:
-    """``0.237 [0.231, 0.243]``; ``–`` for a gap."""
+    """``0.237 [0.231, 0.243]``; ``gate failed`` for an undefined number, ``–`` for none."""
     if cell.value is None:
-        return "–"
+        return cell.gap
     if cell.ci_low is None or cell.ci_high is None:
         return number(cell.value, digits)
     return f"{number(cell.value, digits)} [{number(cell.ci_low, digits)}, {number(cell.ci_high, digits)}]"
@@ -123,7 +123,8 @@ def markdown(board: Board, info: RunInfo) -> str:
     ):
         if value:
             out.append(f"- {name}: `{value}`")
-    out += ["", "Values with 95 % intervals; ↓ lower is better, ↑ higher is better; – = not measured.", ""]
+    out += ["", "Values with 95 % intervals; ↓ lower is better, ↑ higher is better; – = not measured.",
+            "Words stand where a number was asked for and is undefined.", ""]
     facts = ["name", "architecture", "d_sae", "k"]
     rows = []
     for s in board.subjects:
@@ -190,7 +191,7 @@ def print_board(root: Path) -> None:
     if not board.subjects:
         console.say(f"no rows under {root}; run: python -m evals.run_all --root {root}")
         return
-    columns = [c for c in board.columns if any(board.cells[s.sae_id, c.id].value is not None for s in board.subjects)]
+    columns = [c for c in board.columns if any(board.cells[s.sae_id, c.id] != NOT_RUN for s in board.subjects)]
     groups = [("SAEs", board.saes), ("floors and ceilings", board.baselines)]
     for title, subjects in groups:
         for start in range(0, len(subjects), 4):
@@ -207,7 +208,7 @@ def print_board(root: Path) -> None:
                 rows += _gain_rows(board, part)
             if rows:
                 console.table(title, ["metric", *(s.short for s in part)], rows, right=range(1, len(part) + 1))
-    console.say("value [95 % interval]; * best, or not told apart from the best; – not measured")
+    console.say("value [95 % interval]; * best, or not told apart from the best; – not measured, words: undefined")
 
 
 def _gain_rows(board: Board, subjects: Sequence[BoardSubject]) -> list[list[str]]:

@@ -29,7 +29,9 @@ window.saescope = (function () {
   // {value, low, high, reason, n} as the macro `ci` writes it.
   function interval(cell, n = 3) {
     if (cell.value === null || cell.value === undefined) {
-      return [el("span", { class: "gap", tabindex: 0, title: cell.reason, "aria-label": `no value: ${cell.reason}` }, "–")];
+      const code = /^undefined: (\w+)$/.exec(cell.reason);
+      const shown = code ? code[1].replaceAll("_", " ") : "–";
+      return [el("span", { class: "gap", tabindex: 0, title: cell.reason, "aria-label": `no value: ${cell.reason}` }, shown)];
     }
     const known = cell.low !== null && cell.low !== undefined && cell.high !== null && cell.high !== undefined;
     return [el("span", { class: "val" }, digits(cell.value, n)),

@@ -55,8 +55,36 @@ def test_a_gap_has_a_reason_and_no_rank(root: Path) -> None:
     assert board.cells[PCA, "n2g_f1"] == Cell(reason="not run")
     column = board.columns_of("gain_vs_random")[0]
     assert board.best(column) == set()  # one value alone is not the best of anything
-    assert leaderboard.cell_text(gap) == "–"
+    assert leaderboard.cell_text(gap) == "no effect" and leaderboard.cell_text(board.cells[PCA, "n2g_f1"]) == "–"
     assert next(s for s in board.saes if s.sae_id == RELU).n_failed == 3
+
+
+def test_absorption_is_a_column_whose_failed_gate_is_told_in_words(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A random SAE absorbs nothing: where the letters' latents know no letter, no number may stand, least of all 0."""
+    failed = {("absorption_fraction", ""): "gate_failed", ("main_f1", ""): (0.19, 0.02)}
+    for name in (TOPK, RANDOM):
+        write_row_folder(root, info(name), "absorption", failed)
+    board = board_of(root)
+    column = board.columns_of("absorption")[0]
+    cell = board.cells[TOPK, column.id]
+    assert cell.value is None and cell.reason == "undefined: gate_failed"
+    assert leaderboard.cell_text(cell) == "gate failed"
+    assert board.best(column) == set() and (TOPK, column.id) not in board.gains
+    assert board.cells[TOPK, "absorption_main_f1"].value == 0.19
+    assert board.cells[RELU, column.id] == Cell(reason="not run")
+    table = pd.read_csv(leaderboard.build(root, site=False)[0])
+    assert table["absorption"].isna().all() and table.loc[0, "absorption_missing"] == "undefined: gate_failed"
+    assert "gate failed" in (root / "leaderboard.md").read_text(encoding="utf-8")
+    leaderboard.print_board(root)
+    line = next(text for text in capsys.readouterr().out.splitlines() if "Absorption" in text)
+    assert "gate failed" in line and "–" in line
+    passed = {("absorption_fraction", ""): (0.0, 0.01), ("main_f1", ""): (0.8, 0.02)}
+    write_row_folder(root, info(RELU), "absorption", passed)
+    board = board_of(root)
+    assert leaderboard.cell_text(board.cells[RELU, "absorption"]).startswith("0.000 [")  # a true 0 stays a number
+    assert board.best(column) == set()
 
 
 def test_best_counts_what_the_intervals_cannot_tell_apart(root: Path) -> None:
