@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_worlds import CONTEXTS
 from memory_store import context, info, memory_store
 from planted import planted, truth_of
 
@@ -25,7 +26,7 @@ from sae.config import InputNorm, SAEConfig
 GOLDENS = Path(__file__).parents[1] / "golden" / "evals"
 EVALUATIONS = ("reconstruction", "downstream_loss", "ablation_sparsity", "probe_loss", "sparse_probing",
                "seed_stability", "ground_truth")  # fmt: skip
-"""Those whose inputs can be drawn; n2g, explanation and absorption read what earlier stages made."""
+"""Those that read activations; the others read what earlier stages made (tests/support/golden_worlds.py)."""
 D, F, K = 32, 64, 8
 TOLERANCE = 5e-5
 
@@ -75,7 +76,18 @@ def test_values_are_those_of_the_version(name: str, world: dict[str, Any]) -> No
     evaluation = plugins.find("evals.suite", name)
     more = {n: world[n] for n in ("probes", "truth", "peers") if n in evaluation.needs}
     ctx = context(world["lm"], world["hookpoint"], world["store"], world["subject"], world["root"], **more)
-    rows = evaluation.run(ctx).rows
+    check_golden(evaluation, evaluation.run(ctx).rows)
+
+
+@pytest.mark.parametrize("name", sorted(CONTEXTS))
+def test_values_on_earlier_stages_are_those_of_the_version(name: str, tmp_path: Path) -> None:
+    """n2g: patterns built on planted text. explanation: scores read from disk. absorption: words of a planted model."""
+    evaluation = plugins.find("evals.suite", name)
+    check_golden(evaluation, evaluation.run(CONTEXTS[name](tmp_path)).rows)
+
+
+def check_golden(evaluation: Any, rows: list[Any]) -> None:
+    name = evaluation.name
     found = {f"{r.metric}|{r.slice}|{r.split}": r.failure if r.value is None else r.value for r in rows}
     assert any(isinstance(v, float) and v not in (0.0, 1.0) for v in found.values())
     path = GOLDENS / f"{name}.v{evaluation.version}.json"
