@@ -43,6 +43,27 @@ def verify_alphabet(tokenizer: Any) -> Alphabet:
     )
 
 
+def verify_spelled(tokenizer: Any, user: str) -> None:
+    """Each digit must be one token of its own, alone or behind a blank, before its probability as a reply is asked for.
+
+    Raises :class:`Unsupported`, naming ``user``; says nothing where the tokenizer is not known (None).
+    """
+    if tokenizer is None:
+        return
+    ids: dict[int, str] = {}
+    for digit in DIGITS:
+        spelled = [tokenizer.encode(text, add_special_tokens=False) for text in (digit, f" {digit}")]
+        found = {int(s[0]) for s in spelled if len(s) == 1}
+        clash = sorted({ids[i] for i in found & ids.keys()})
+        if not found or clash:
+            why = f"the same token as {clash[0]!r}" if clash else "no token of its own"
+            raise Unsupported(
+                f"{user!r} needs a tokenizer that writes each digit as one token; in this one {digit!r} is {why}; use "
+                "another simulator or model"
+            )
+        ids |= dict.fromkeys(found, digit)
+
+
 def _with_separator(tokenizer: Any, separator: str) -> Alphabet | str:
     """The alphabet, or why this separator does not work."""
     encode = lambda text: [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]  # noqa: E731

@@ -1,89 +1,68 @@
 """From verdicts on windows to rows: recall per quantile group, false positives per kind, precision at the true rate.
 
 Torch-free. Formulas: AUTOINTERP 5.2 (values) and 5.3 (intervals). A failed item leaves numerator and denominator and is
-counted; ``value_worst`` counts it as a wrong answer. Values never are NaN: an undefined one is None with its reason.
+counted; ``value_worst`` counts it as a wrong answer. A metric is null where more than a tenth of the windows failed, of
+all or of a side that it is made of: a judge that will not answer about active windows has no recall. Values never are
+NaN: an undefined one is None with its reason. Rows from real values: :mod:`autointerp.ranked`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from autointerp.cells import (
+    SIDES,
+    Cells,
+    Counts,
+    count_cells,
+    count_items,
+    failures_wrong,
+    paired,
+    positives_of,
+    spoilt,
+)
 from autointerp.interfaces import ScoreJob, ScoreResult
+from autointerp.ranked import value_rows
 from autointerp.rates import (
+    MAX_FAILED_SHARE,
     auc,
-    auc_interval,
     choose_threshold,
     f1_of,
     percentiles,
     pooled_precision,
     precision_at,
+    too_many_failed,
     wilson,
 )
 from autointerp.records import DIAGNOSTIC_KINDS, Exemplar, Failure, LatentScore, ScoreItem
 from sae.manifest import rng
 
-__all__ = ["detection_scores", "make_items", "null_scores", "base_score", "choose_threshold", "pooled_precision", "auc"]
-
-MAX_FAILED_SHARE = 0.1
-"""Above this share of failed items a metric is null."""
+__all__ = [
+    "MAX_FAILED_SHARE", "Counts", "auc", "base_score", "choose_threshold", "count_cells", "count_items",
+    "detection_scores", "make_items", "null_scores", "pooled_precision", "positives_of",
+]  # fmt: skip
 N_DRAWS = 10_000
 """Draws of the Beta posteriors."""
 HARD_KINDS = ("same_token", "co_occurring")
 """Negative kinds whose absence is reported as a null row."""
-DIAGNOSTIC_GROUPS = frozenset(f"kind={kind}" for kind in DIAGNOSTIC_KINDS)
-"""Their failures are theirs alone."""
 DETECTION_METRICS = (
     "recall", "fpr_silent", "phi", "balanced_accuracy", "precision", "precision_at_half", "f1", "auc",
 )  # fmt: skip
 
 
-class Counts(NamedTuple):
-    """Answers to the windows of one cell (a quantile group, a stratum, a kind)."""
-
-    hit: int
-    """Positive cells: true positives. Negative cells: false positives."""
-    miss: int
-    failed: int = 0
-
-    @property
-    def n(self) -> int:
-        """Answered windows."""
-        return self.hit + self.miss
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The counted answers of one job."""
-
-    groups: dict[int, Counts]
-    """Positive windows by quantile group (-1: all, where there are no groups)."""
-    kinds: dict[str, Counts]
-    """Negative windows by kind."""
-    strata: dict[str, Counts]
-    """Negative windows by stratum, drawn uniformly inside it."""
-    shares: dict[str, float]
-    """Population share W_h of each of these strata, summing to 1."""
-
-
-def positives_of(exemplars: Sequence[Exemplar]) -> list[Exemplar]:
-    """The positive windows that recall is defined on: those with a quantile group, else all.
-
-    `random_positive` windows are drawn by activation, not by window, and would weigh dense windows more.
-    """
-    positives = [e for e in exemplars if e.positive]
-    grouped = [e for e in positives if e.group >= 0]
-    return grouped or positives
-
-
 def make_items(
     job: ScoreJob, exemplars: Sequence[Exemplar], values: Sequence[float | Failure], threshold: float, scorer: str
 ) -> list[ScoreItem]:
-    """One item per window from a real-valued judge; the verdict is ``value > threshold``."""
+    """One item per window from a real-valued judge; the verdict is ``value > threshold``. A value that is no number is
+    a failure."""
     items = []
-    for exemplar, value in zip(exemplars, values, strict=True):
+    for exemplar, said in zip(exemplars, values, strict=True):
+        value = said
+        if not isinstance(said, Failure) and not math.isfinite(said):
+            value = Failure(code="non_finite", stage="score", detail=f"the judge's value is {said}")
         failed = isinstance(value, Failure)
         items.append(
             ScoreItem(
@@ -97,46 +76,6 @@ def make_items(
             )
         )
     return items
-
-
-def count_items(items: Sequence[ScoreItem]) -> Counts:
-    """Verdicts yes, verdicts no, failures."""
-    hit = sum(item.verdict is True for item in items)
-    miss = sum(item.verdict is False for item in items)
-    return Counts(hit, miss, len(items) - hit - miss)
-
-
-def _group(pairs: Sequence[tuple[Exemplar, ScoreItem]], by: Callable[[Exemplar], object]) -> dict:
-    groups: dict = {}
-    for exemplar, item in pairs:
-        groups.setdefault(by(exemplar), []).append(item)
-    return {name: count_items(groups[name]) for name in sorted(groups)}
-
-
-def count_cells(exemplars: Sequence[Exemplar], items: Sequence[ScoreItem]) -> Cells:
-    """Sort the verdicts into groups, kinds and strata. Items are matched to windows by ``exemplar_id``."""
-    by_id = {item.exemplar_id: item for item in items}
-    pairs = [(e, by_id[e.exemplar_id]) for e in exemplars if e.exemplar_id in by_id]
-    chosen = {e.exemplar_id for e in positives_of([e for e, _ in pairs])}
-    positive = [(e, i) for e, i in pairs if e.exemplar_id in chosen]
-    negative = [(e, i) for e, i in pairs if not e.positive]
-    # Only draws that are uniform inside a stratum may be pooled there.
-    uniform = [(e, i) for e, i in negative if e.stratum_share is not None and e.kind in ("silent", e.stratum)]
-    if not uniform or any(e.stratum_share is None for e, _ in negative if e.kind == "silent"):
-        strata = {"silent": count_items([i for e, i in negative if e.kind == "silent"])}
-        shares = {"silent": 1.0}
-    else:
-        strata = _group(uniform, lambda e: e.stratum)
-        shares = {e.stratum: float(e.stratum_share or 0.0) for e, _ in uniform}
-    answered = {h: shares[h] for h in strata if strata[h].n > 0}
-    total = sum(answered.values())
-    return Cells(
-        groups=_group(positive, lambda e: e.group),
-        kinds=_group(negative, lambda e: e.kind),
-        strata=strata,
-        # A stratum of which no window was answered is left out; the others stand for the population.
-        shares={h: w / total if total > 0 else 1 / len(answered) for h, w in answered.items()},
-    )
 
 
 @lru_cache(maxsize=512)
@@ -164,23 +103,6 @@ def _rates(cells: Cells, estimate: Callable[[str, Counts], float | np.ndarray]) 
     strata = [(h, w) for h, w in cells.shares.items() if cells.strata[h].n]
     phi = sum(w * estimate(f"stratum={h}", cells.strata[h]) for h, w in strata) if strata else None
     return _Rates(recall, fpr_silent, phi)
-
-
-def _failures_wrong(cells: Cells) -> Cells:
-    """Failed items as misses of a positive and hits of a negative."""
-
-    def positive(c: Counts) -> Counts:
-        return Counts(c.hit, c.miss + c.failed)
-
-    def negative(c: Counts) -> Counts:
-        return Counts(c.hit + c.failed, c.miss)
-
-    return Cells(
-        {g: positive(c) for g, c in cells.groups.items()},
-        {k: negative(c) for k, c in cells.kinds.items()},
-        {h: negative(c) for h, c in cells.strata.items()},
-        cells.shares,
-    )
 
 
 def _metrics(rates: _Rates, pi: float | None) -> dict[str, float | np.ndarray | None]:
@@ -259,29 +181,27 @@ def null_scores(
 
 
 def detection_scores(
-    job: ScoreJob, items: Sequence[ScoreItem], *, scorer: str, version: int, judge: str
+    job: ScoreJob, items: Sequence[ScoreItem], *, scorer: str, version: int, judge: str, rank: bool = False
 ) -> tuple[LatentScore, ...]:
     """All detection metrics of one job: aggregates, recall per group, false-positive rate and AUC per negative kind.
 
     ``items`` hold one verdict (or failure) per judged window of ``job.exemplars``, in any order. AUC rows appear where
-    the judge gave real values. Metrics in [0, 1].
+    the judge gave real values, average precision too with ``rank``. Metrics in [0, 1].
     """
     base = base_score(job, scorer=scorer, version=version, judge=judge)
     cells = count_cells(job.exemplars, items)
     drawn = [c for kind, c in cells.kinds.items() if kind not in DIAGNOSTIC_KINDS]
     n_pos, n_neg = sum(c.n for c in cells.groups.values()), sum(c.n for c in drawn)
     n_failed = sum(c.failed for c in (*cells.groups.values(), *drawn))
-    too_many = _too_many(n_failed, n_pos + n_neg + n_failed)
+    lost = spoilt(cells, drawn)
     counted = {"n_pos": n_pos, "n_neg": n_neg, "n_failed": n_failed}
-    rows = _rate_rows(job, cells, too_many, {**base, **counted})
-    rows += _cell_rows(cells, too_many, base)
+    rows = _rate_rows(job, cells, lost, {**base, **counted})
+    judged = {e.kind for e, _ in paired(job.exemplars, items)}
+    unasked = frozenset(e.kind for e in job.exemplars) - judged
+    rows += _cell_rows(cells, lost, base, unasked)
     if any(item.value is not None for item in items):
-        rows += _auc_rows(job, items, too_many, base)
+        rows += value_rows(job, items, cells, lost[""], base, rank=rank)
     return tuple(rows)
-
-
-def _too_many(n_failed: int, asked: int) -> bool:
-    return asked > 0 and n_failed / asked > MAX_FAILED_SHARE
 
 
 def _null_reason(metric: str, job: ScoreJob, rates: _Rates, too_many: bool) -> str:
@@ -293,15 +213,16 @@ def _null_reason(metric: str, job: ScoreJob, rates: _Rates, too_many: bool) -> s
     return "one_class" if missing else "undefined"
 
 
-def _rate_rows(job: ScoreJob, cells: Cells, too_many: bool, base: Mapping) -> list[LatentScore]:
+def _rate_rows(job: ScoreJob, cells: Cells, lost: Mapping[str, bool], base: Mapping) -> list[LatentScore]:
     rates = _rates(cells, lambda _slot, c: c.hit / c.n)
     values = _metrics(rates, job.pi)
-    worst = _metrics(_rates(_failures_wrong(cells), lambda _slot, c: c.hit / c.n), job.pi)
+    worst = _metrics(_rates(failures_wrong(cells), lambda _slot, c: c.hit / c.n), job.pi)
     draws = _metrics(_rates(cells, lambda slot, c: beta_draws(slot, c.hit, c.miss)), job.pi)
     rows = []
     for metric, value in values.items():
         drawn = draws[metric]
         interval = None
+        too_many = any(lost[side] for side in SIDES.get(metric, ("positive", "strata")))
         if isinstance(drawn, np.ndarray) and value is not None and not too_many:
             finite = drawn[np.isfinite(drawn)]
             interval = percentiles(finite) if len(finite) else None
@@ -339,57 +260,19 @@ def cell_row(metric: str, group: str, c: Counts, too_many: bool, base: Mapping, 
     )
 
 
-def _cell_rows(cells: Cells, too_many: bool, base: Mapping) -> list[LatentScore]:
-    """Recall per quantile group and false-positive rate per kind, with Wilson intervals; absent hard kinds as nulls."""
+def _cell_rows(
+    cells: Cells, lost: Mapping[str, bool], base: Mapping, unasked: frozenset[str]
+) -> list[LatentScore]:
+    """Recall per quantile group and false-positive rate per kind, with Wilson intervals; absent hard kinds as nulls,
+    but not those about which the judge was not asked."""
     rows = []
-    found = [("recall", f"decile={g}", c, True) for g, c in cells.groups.items() if g >= 0]
-    found += [("fpr", f"kind={k}", c, False) for k, c in cells.kinds.items()]
-    for metric, group, c, positive in found:
-        null = too_many or (group in DIAGNOSTIC_GROUPS and _too_many(c.failed, c.n + c.failed))
-        rows.append(cell_row(metric, group, c, null, base, positive=positive))
+    for g, c in cells.groups.items():
+        if g >= 0:
+            rows.append(cell_row("recall", f"decile={g}", c, lost["positive"], base, positive=True))
+    for kind, c in cells.kinds.items():
+        null = lost[""] or too_many_failed(c.failed, c.n + c.failed)
+        rows.append(cell_row("fpr", f"kind={kind}", c, null, base, positive=False))
     for kind in HARD_KINDS:
-        if kind not in cells.kinds:
+        if kind not in cells.kinds and kind not in unasked:
             rows.append(LatentScore(metric="fpr", group=f"kind={kind}", null_reason="no_hard_negative", **base))
     return rows
-
-
-def _auc_rows(job: ScoreJob, items: Sequence[ScoreItem], too_many: bool, base: Mapping) -> list[LatentScore]:
-    """AUC against uniform silent windows (the aggregate) and against each hard kind."""
-    by_id = {item.exemplar_id: item for item in items}
-    judged = [(e, by_id[e.exemplar_id]) for e in job.exemplars if e.exemplar_id in by_id]
-    chosen = {e.exemplar_id for e in positives_of([e for e, _ in judged])}
-    positive = [i for e, i in judged if e.exemplar_id in chosen]
-    rows = []
-    for kind in sorted({e.kind for e, _ in judged if not e.positive} | {"silent"}):
-        negative = [i for e, i in judged if e.kind == kind and not e.positive]
-        pos = [i.value for i in positive if i.value is not None]
-        neg = [i.value for i in negative if i.value is not None]
-        n_failed = len(positive) + len(negative) - len(pos) - len(neg)
-        null = too_many or (kind in DIAGNOSTIC_KINDS and _too_many(len(negative) - len(neg), len(negative)))
-        value = None if null else auc(pos, neg)
-        key = (job.sae_id, job.latent, job.explanation.explanation_id, base["scorer"], kind)
-        interval = None if value is None else auc_interval(pos, neg, *key)
-        rows.append(
-            LatentScore(
-                metric="auc",
-                group="" if kind == "silent" else f"kind={kind}",
-                value=value,
-                ci_low=interval.low if interval else None,
-                ci_high=interval.high if interval else None,
-                n_pos=len(pos),
-                n_neg=len(neg),
-                n_failed=n_failed,
-                value_worst=_worst_auc(pos, neg, len(positive) * len(negative)),
-                null_reason=("too_many_failures" if null else "one_class") if value is None else None,
-                **base,
-            )
-        )
-    return rows
-
-
-def _worst_auc(positive: Sequence[float], negative: Sequence[float], n_pairs: int) -> float | None:
-    """AUC with every pair of a failed window lost."""
-    if n_pairs == 0:
-        return None
-    value = auc(positive, negative)
-    return 0.0 if value is None else value * len(positive) * len(negative) / n_pairs

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from autointerp.interfaces import SUBJECT_NEEDS, ScoreContext, ScoreJob, Scorer, check_needs
-from autointerp.rates import auc, percentiles
+from autointerp.rates import auc, percentiles, too_many_failed
 from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, JudgeCheck, ScoreItem
 from sae.config import require
 from sae.manifest import rng
@@ -51,9 +51,10 @@ def check_judge(
 
     ``auc`` is the mean over descriptions of the AUC of its values; a judge that gives yes or no only (detection in list
     mode) gets its balanced accuracy instead, a judge with a ``separation(items)`` of its own that one; where it reads
-    no description (``uses_explanation`` false), the wrong arm has texts that share nothing. The interval is a bootstrap
-    over descriptions. ``n_descriptions``: the first so many. Raises :class:`Unsupported` if the context lacks what the
-    scorer needs.
+    no description (``uses_explanation`` false), the wrong arm has texts that share nothing. Where more than a tenth of
+    the answers of an arm failed, its value is None and the judge weak, however good the rest. The interval is a
+    bootstrap over descriptions. ``n_descriptions``: the first so many. Raises :class:`Unsupported` if the context lacks
+    what the scorer needs.
     """
     features = known_features()[:n_descriptions]
     require(len(features) >= 2, f"a judge check needs at least 2 descriptions, got {n_descriptions}")
@@ -68,11 +69,13 @@ def check_judge(
         wrong = [_job(i, _nothing_shared(features, i), features[i].description, ctx, "wrong") for i in n]
     results = judge.score_many([*right, *wrong], ctx)
     measured = getattr(judge, "separation", separation)
-    values = [measured(r.items) for r in results[: len(features)]]
-    wrong_values = [measured(r.items) for r in results[len(features) :]]
+    arms = results[: len(features)], results[len(features) :]
+    values, wrong_values = ([measured(r.items) for r in arm] for arm in arms)
     items = [item for r in results for item in r.items]
-    mean, wrong_mean = _mean(values), _mean(wrong_values)
-    interval = _interval(values, judge.name, seed)
+    mean, wrong_mean = (
+        _mean(v) if _answered(arm) else None for v, arm in zip((values, wrong_values), arms, strict=True)
+    )
+    interval = _interval(values, judge.name, seed) if mean is not None else (None, None)
     judged_by = next((s.judge for r in results for s in r.scores), judge.name)
     return JudgeCheck(
         judge=judged_by,
@@ -91,6 +94,11 @@ def check_judge(
             "n_undefined": sum(v is None for v in values),
         },
     )
+
+
+def _answered(results: Sequence[Any]) -> bool:
+    failed = [item.failure is not None for r in results for item in r.items]
+    return not too_many_failed(sum(failed), len(failed))
 
 
 def _measure(judge: Scorer, items: Sequence[ScoreItem]) -> str:

@@ -1,8 +1,8 @@
 """Prompted yes/no answers about lines of text under an explanation, for the scorers that ask a language model.
 
-Two modes that are never pooled (AUTOINTERP 5.1). ``logprob``: one line per request, p = P(yes) / (P(yes) + P(no)) over
-spelling variants, no decoding, no order effects. ``list``: numbered lines, reply ``{"match": [...]}``. Every answer is
-a number, a yes or no, or a typed failure. Torch-free.
+Two modes that are never pooled (AUTOINTERP 5.1), so a judge's name begins with its mode. ``logprob``: one line per
+request, p = P(yes) / (P(yes) + P(no)) over spelling variants, no decoding, no order effects. ``list``: numbered lines,
+reply ``{"match": [...]}``. Every answer is a number, a yes or no, or a typed failure. Torch-free.
 """
 
 import math
@@ -31,7 +31,8 @@ MODES = ("auto", "logprob", "list")
 YES, NO = ("Yes", " Yes", "yes", " yes", "YES"), ("No", " No", "no", " no", "NO")
 MIN_YES_NO_MASS = 0.05
 """Less probability on all spellings of yes and no: the model did not answer the question."""
-REPLY_TOKENS = 100
+REPLY_TOKENS, TOKENS_PER_NUMBER = 100, 8
+"""Room for a list-mode reply: so much, and more where a request holds many lines."""
 YES_ABOVE = 0.5
 DECIMALS = 6
 SCHEMA: dict[str, Any] = {
@@ -65,12 +66,20 @@ class YesNoJudge:
     mode: Mode = "auto"
     per_request: int = 10
 
+    def mode_for(self, client: Client) -> Mode:
+        """The mode in which this client is asked: never auto."""
+        if self.mode != "auto":
+            return self.mode
+        return "logprob" if client.capabilities.next_token else "list"
+
+    def name(self, client: Client) -> str:
+        """Who judges and how: answers of different modes are never averaged or compared as if they were one judge's."""
+        return f"{self.mode_for(client)}/{client.identity.model}"
+
     def ask(self, questions: Sequence[Question], client: Client, user: str) -> list[list[Verdict]]:
         """One verdict per line, in the order of the lines. :class:`Unsupported` where the client lacks the mode's
         verb; ``user`` is the plug-in that asks."""
-        mode = self.mode
-        if mode == "auto":
-            mode = "logprob" if client.capabilities.next_token else "list"
+        mode = self.mode_for(client)
         check_capability(client, "next_token" if mode == "logprob" else "generate", f"{user} ({mode} mode)")
         return self._by_logprob(questions, client) if mode == "logprob" else self._by_list(questions, client)
 
@@ -98,7 +107,7 @@ class YesNoJudge:
                 messages = self.list_prompt.messages(
                     explanation=escaped(question.explanation), windows=numbered([question.lines[i] for i in part])
                 )
-                requests.append(_list_request(messages, question.origin))
+                requests.append(_list_request(messages, question.origin, len(part)))
                 shown.append((k, part))
         reminder = self.list_prompt.section("reminder")
         answers = ask(client, requests, lambda i, reply: matches(reply, len(shown[i][1])), reminder)
@@ -110,8 +119,9 @@ class YesNoJudge:
         return verdicts
 
 
-def _list_request(messages: tuple[Message, ...], origin: Origin) -> GenerateRequest:
-    return GenerateRequest(messages=messages, max_tokens=REPLY_TOKENS, schema=SCHEMA, origin=origin)
+def _list_request(messages: tuple[Message, ...], origin: Origin, n_lines: int) -> GenerateRequest:
+    room = max(REPLY_TOKENS, TOKENS_PER_NUMBER * n_lines)
+    return GenerateRequest(messages=messages, max_tokens=room, schema=SCHEMA, origin=origin)
 
 
 def matches(reply: Reply, n_lines: int) -> frozenset[int] | Failure:

@@ -26,21 +26,40 @@ class NumberedChoice:
     n: int
     mode: Mode = "auto"
 
+    def mode_for(self, client: Client) -> Mode:
+        """The mode in which this client is asked: never auto. A model that cannot write a number as one token has no
+        probability of it, and is asked for JSON."""
+        if self.mode != "auto":
+            return self.mode
+        return "logprob" if client.capabilities.next_token and self._spelled(client.tokenizer) else "json"
+
+    def _choices(self) -> tuple[str, ...]:
+        numbers = [str(i) for i in range(1, self.n + 1)]
+        return (*numbers, *(f" {i}" for i in numbers))
+
+    def _spelled(self, tokenizer: Any) -> bool:
+        """Is each number one token in one of its spellings? True where the tokenizer is not known."""
+        if tokenizer is None:
+            return True
+        single = [len(tokenizer.encode(c, add_special_tokens=False)) == 1 for c in self._choices()]
+        return all(single[i] or single[i + self.n] for i in range(self.n))
+
+    def name(self, client: Client) -> str:
+        """Who chooses and how."""
+        return f"{self.mode_for(client)}/{client.identity.model}"
+
     def ask(
         self, holes: Sequence[Mapping[str, str]], origins: Sequence[Origin], client: Client, *, user: str
     ) -> list[int | Failure]:
         """Per question the index chosen, 0 to n - 1. :class:`Unsupported` where the client lacks the mode's verb;
         ``user`` is the plug-in that asks."""
-        mode = self.mode
-        if mode == "auto":
-            mode = "logprob" if client.capabilities.next_token else "json"
+        mode = self.mode_for(client)
         check_capability(client, "next_token" if mode == "logprob" else "generate", f"{user} ({mode} mode)")
         if not holes:
             return []
         pairs = list(zip(holes, origins, strict=True))
         if mode == "logprob":
-            numbers = [str(i) for i in range(1, self.n + 1)]
-            choices = (*numbers, *(f" {i}" for i in numbers))
+            choices = self._choices()
             asked = [
                 NextTokenRequest(messages=self.logprob_prompt.messages(**h), choices=choices, origin=o)
                 for h, o in pairs

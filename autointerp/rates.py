@@ -12,6 +12,13 @@ from sae.manifest import rng
 
 N_RESAMPLES = 2_000
 """Bootstrap resamples of windows."""
+MAX_FAILED_SHARE = 0.1
+"""Above this share of failed items a metric is null (AUTOINTERP 5.5)."""
+
+
+def too_many_failed(n_failed: int, n_asked: int) -> bool:
+    """More than a tenth."""
+    return n_asked > 0 and n_failed / n_asked > MAX_FAILED_SHARE
 
 
 class Interval(NamedTuple):
@@ -57,6 +64,61 @@ def auc_interval(
     times_neg = generator.multinomial(n_neg, np.full(n_neg, 1 / n_neg), size=N_RESAMPLES)
     values = ((times_pos @ wins) * times_neg).sum(1) / (n_pos * n_neg)
     return percentiles(values)
+
+
+def average_precision(
+    positive: Sequence[float] | np.ndarray,
+    negative: Sequence[float] | np.ndarray,
+    negative_weights: Sequence[float] | np.ndarray,
+    pi: float,
+) -> float | None:
+    """Area under precision over recall at the population's rates (AUTOINTERP 5.2): sum over cuts of the rise of recall
+    times the precision there. Windows of equal value are called together, so a constant judge has ``pi``.
+
+    A positive window weighs pi / n_pos; ``negative_weights`` are (1 - pi) W_h / n_h, one per negative. None where a
+    class is empty or ``pi`` is not inside (0, 1).
+    """
+    if len(positive) == 0 or len(negative) == 0 or not 0 < pi < 1:
+        return None
+    times = [np.ones((1, len(side))) for side in (positive, negative)]
+    return float(_average_precisions(positive, negative, negative_weights, pi, *times)[0])
+
+
+def average_precision_interval(
+    positive: Sequence[float] | np.ndarray,
+    negative: Sequence[float] | np.ndarray,
+    negative_weights: Sequence[float] | np.ndarray,
+    pi: float,
+    *key: object,
+) -> Interval | None:
+    """95 % bootstrap over windows within sign; ``key`` seeds it."""
+    if len(positive) < 2 or len(negative) < 2 or not 0 < pi < 1:
+        return None
+    generator = rng("average_precision_interval", *key)
+    times = [
+        generator.multinomial(len(side), np.full(len(side), 1 / len(side)), size=N_RESAMPLES)
+        for side in (positive, negative)
+    ]
+    return percentiles(_average_precisions(positive, negative, negative_weights, pi, *times))
+
+
+def _average_precisions(
+    positive: Sequence[float] | np.ndarray,
+    negative: Sequence[float] | np.ndarray,
+    negative_weights: Sequence[float] | np.ndarray,
+    pi: float,
+    times_pos: np.ndarray,
+    times_neg: np.ndarray,
+) -> np.ndarray:
+    """[R] from how often each window is drawn, [R, n_pos] and [R, n_neg]."""
+    cuts, place = np.unique(-np.concatenate([positive, negative]).astype(np.float64), return_inverse=True)
+    at = np.eye(len(cuts))[place.ravel()]  # [n, cuts], the highest value first
+    n_pos = len(positive)
+    recall = np.cumsum(times_pos @ at[:n_pos], axis=1) / n_pos
+    wrong = np.cumsum((times_neg * np.asarray(negative_weights, dtype=np.float64)) @ at[n_pos:], axis=1)
+    called = pi * recall + wrong
+    precision = np.divide(pi * recall, called, out=np.zeros_like(called), where=called > 0)
+    return (np.diff(recall, axis=1, prepend=0.0) * precision).sum(axis=1)
 
 
 def percentiles(values: np.ndarray) -> Interval:

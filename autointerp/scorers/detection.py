@@ -22,9 +22,9 @@ class Detection:
     """``Detection(mode="auto", per_request=10)``; auto = logprob where the client has next-token log-probabilities."""
 
     name: ClassVar[str] = "detection"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"client:generate"})
-    metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
+    metrics: ClassVar[tuple[str, ...]] = (*DETECTION_METRICS, "average_precision")
 
     def __init__(self, *, mode: Mode = "auto", per_request: int = 10) -> None:
         require(mode in MODES, f"mode must be auto, logprob or list, got {mode!r}")
@@ -47,7 +47,7 @@ class Detection:
             for i, said in zip((i for i, windows in shown.items() if windows), answers, strict=True):
                 found[i] |= {e.exemplar_id: v for e, v in zip(shown[i], said, strict=True)}
         identity: dict[str, Any] = {
-            "scorer": self.name, "version": self.version, "judge": ctx.client.identity.model,
+            "scorer": self.name, "version": self.version, "judge": self._judge.name(ctx.client),
         }  # fmt: skip
         results = []
         for i, job in enumerate(jobs):
@@ -55,7 +55,7 @@ class Detection:
                 items = tuple(
                     verdict_item(job.explanation, e, found[i][e.exemplar_id], self.name) for e in job.exemplars
                 )
-                results.append(ScoreResult(scores=detection_scores(job, items, **identity), items=items))
+                results.append(ScoreResult(scores=detection_scores(job, items, rank=True, **identity), items=items))
                 continue
             results.append(unscored(job, self.metrics, **identity))
         return results

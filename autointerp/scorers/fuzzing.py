@@ -37,7 +37,7 @@ class Fuzzing:
     """``Fuzzing(mode="auto", per_request=10)``; auto = logprob where the client has next-token log-probabilities."""
 
     name: ClassVar[str] = "fuzzing"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"client:generate"})
     metrics: ClassVar[tuple[str, ...]] = ("recall", "balanced_accuracy", "auc")
 
@@ -66,7 +66,7 @@ class Fuzzing:
             for i in usable
         ]
         said = dict(zip(usable, self._judge.ask(questions, ctx.client, self.name), strict=True))
-        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": ctx.client.identity.model}
+        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": self._judge.name(ctx.client)}
         results = []
         for i, job in enumerate(jobs):
             if i not in said:

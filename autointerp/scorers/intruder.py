@@ -37,7 +37,7 @@ class Intruder:
     """``Intruder(trials=20)``: at most so many per latent, each with a silent window of its own."""
 
     name: ClassVar[str] = "intruder"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"client:generate"})
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     uses_explanation: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class Intruder:
         asked = [(job, trial) for job, mine in zip(jobs, trials, strict=True) for trial in mine]
         holes = [{"windows": _lines(trial, ctx)} for _, trial in asked]
         said = iter(self.choosing.ask(holes, [_origin(job) for job, _ in asked], client, user=self.name))
-        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": client.identity.model}
+        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": self.choosing.name(client)}
         results = []
         for job, mine in zip(jobs, trials, strict=True):
             answers = [next(said) for _ in mine]

@@ -16,7 +16,8 @@ from sae.config import require
 from sae.errors import Unsupported
 from sae.manifest import rng
 
-REPLY_TOKENS = 1_200
+REPLY_TOKENS, TOKENS_PER_ENTRY = 1_200, 14
+"""Room for a reply: so much, and more where half of the tokens shown would not fit."""
 DECIMALS = 6
 ENTRY: dict[str, Any] = {
     "type": "object",
@@ -87,7 +88,7 @@ class Structured:
                 lines.append(f"{n}\t{escaped(piece)}")
         return GenerateRequest(
             messages=self.prompt.messages(explanation=escaped(explanation.text or ""), texts="\n".join(lines)),
-            max_tokens=REPLY_TOKENS,
+            max_tokens=max(REPLY_TOKENS, TOKENS_PER_ENTRY * n // 2),
             schema=SCHEMA,
             origin=Origin(stage="simulate.structured", sae_id=explanation.sae_id, latent=exemplar.latent),
         )

@@ -7,7 +7,7 @@ The reader sees no more than the latent did, the text up to the token. W tokens 
 import math
 from typing import ClassVar
 
-from autointerp.alphabet import DIGITS
+from autointerp.alphabet import DIGITS, verify_spelled
 from autointerp.client import LogprobReply, NextTokenRequest, Origin, check_capability
 from autointerp.interfaces import ScoreContext, SimulationPair
 from autointerp.prompts import escaped, load_prompt, marked_text
@@ -33,11 +33,13 @@ class TokenByToken:
         self.prompt = load_prompt(self.name)
 
     def simulate_many(self, pairs: list[SimulationPair], ctx: ScoreContext) -> list[Simulation]:
-        """One simulation per pair, scale UNIT. A token without an answer fails its window."""
+        """One simulation per pair, scale UNIT. A token without an answer fails its window. :class:`Unsupported` for a
+        client without log-probabilities or whose tokenizer cannot write a digit as one token."""
         client = ctx.client
         if client is None:
             raise Unsupported("'token_by_token' needs a language model; choose a client or another simulator")
         check_capability(client, "next_token", self.name)
+        verify_spelled(client.tokenizer, self.name)
         requests = []
         for explanation, exemplar in pairs:
             if explanation.text is None:

@@ -82,7 +82,7 @@ def test_an_oracle_reaches_the_maximum(mode: str) -> None:
         assert {round(i.value, 2) for i in result.items} == {0.99, 0.01}
     else:
         assert all(i.value is None for i in result.items)
-    assert {s.judge for s in result.scores} == {"scripted"}
+    assert {s.judge for s in result.scores} == {f"{mode}/scripted"}  # two modes are two judges
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -230,6 +230,21 @@ def test_auto_takes_what_the_client_can() -> None:
         Detection().score_many([job(5)], ScoreContext(tokenizer=TOKENIZER))
     with pytest.raises(ConfigError):
         Detection(mode="both")
+
+
+def test_long_lists_have_room_for_their_answer() -> None:
+    _, usual = score(lambda r: '{"match": []}', "list")
+    _, long = score(lambda r: '{"match": []}', "list", per_request=40)
+    assert {r.max_tokens for r in usual.sent} == {100} and [r.max_tokens for r in long.sent] == [320]
+
+
+def test_average_precision_comes_with_probabilities_alone() -> None:
+    """Half of the positives above every silent window, the others below: P 1 up to recall 1/2, then pi."""
+    says = judge_by(lambda t: 0.9 if t in {f"yes {i}" for i in range(10)} else 0.2 if t.startswith("yes") else 0.5)
+    [result], _ = score(says, "logprob")
+    assert metric(result, "average_precision").value == pytest.approx(0.5 + 0.5 * PI)
+    [result], _ = score(says, "list")
+    assert not [s for s in result.scores if s.metric == "average_precision"]
 
 
 def test_the_embedded_kind_of_model_runs_through(tiny_lm) -> None:

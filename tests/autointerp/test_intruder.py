@@ -150,3 +150,23 @@ def test_bad_settings() -> None:
     for wrong in ({"trials": 0}, {"mode": "list"}):
         with pytest.raises(ConfigError):
             Intruder(**wrong)
+
+
+class NoDigits:
+    """A tokenizer for which every number is two tokens."""
+
+    bos_token_id = None
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [0, *map(ord, text)]
+
+
+def test_a_model_that_cannot_write_a_number_as_one_token_is_asked_for_json() -> None:
+    for tokenizer, verb in ((TOKENIZER, "next_token"), (NoDigits(), "generate"), (None, "next_token")):
+        backend = ScriptedClient(
+            lambda r: json.dumps({"odd": odd(r)}) if r.verb == "generate" else ORACLE(r), tokenizer=tokenizer
+        )
+        ctx = ScoreContext(client=CachedClient(backend), tokenizer=TOKENIZER)
+        [result] = Intruder().score_many([job()], ctx)
+        assert {r.verb for r in backend.sent} == {verb} and row(result).value == 1.0
+        assert row(result).judge == ("json/scripted" if verb == "generate" else "logprob/scripted")

@@ -33,7 +33,9 @@ def context(p_yes) -> ScoreContext:
                 else LogprobReply(rows=((math.log(p), *[None] * 4, math.log(1 - p), *[None] * 4),))
             )
         numbered = [line.partition("] ")[2] for line in said.splitlines()[1:]]
-        return json.dumps({"match": [i for i, text in enumerate(numbered, 1) if p_yes(description, text) > 0.5]})
+        said = [p_yes(description, text) for text in numbered]
+        lost = next((p for p in said if isinstance(p, Failure)), None)
+        return lost or json.dumps({"match": [i for i, p in enumerate(said, 1) if p > 0.5]})
 
     return ScoreContext(client=CachedClient(ScriptedClient(answer, tokenizer=TOKENIZER)), tokenizer=TOKENIZER)
 
@@ -54,7 +56,7 @@ def test_the_data_are_24_descriptions_with_five_texts_of_each_kind() -> None:
 def test_a_judge_that_knows_passes(mode: str) -> None:
     check = check_judge(Detection(mode=mode), context(knows))
     assert check.auc == 1.0 and check.wrong_auc == 0.5 and not check.weak and check.n == 24 and check.n_failed == 0
-    assert check.scorer == "detection" and check.judge == "scripted"
+    assert check.scorer == "detection" and check.judge == f"{mode}/scripted"
     assert check.detail["measure"] == ("auc" if mode == "logprob" else "balanced_accuracy")
     assert len(check.detail["per_description"]) == 24 and check.detail["n_items"] == 480
 
@@ -84,6 +86,23 @@ def test_failures_are_counted_and_left_out() -> None:
     assert check.detail["per_description"]["weather"] is None and check.detail["n_undefined"] == 1
     dead = check_judge(Detection(mode="logprob"), context(lambda d, t: Failure(code="timeout", stage="x")))
     assert dead.auc is None and dead.weak and dead.n_failed == 480
+
+
+@pytest.mark.parametrize("mode", ["logprob", "list"])
+def test_a_judge_that_seldom_answers_is_weak_however_right_it_is(mode: str) -> None:
+    """Right where it answers at all, which is two fifths (one third) of the time: not AUC 1, but no AUC."""
+    few = {t for f in known_features() for side in (f.fitting, f.unfitting) for t in side[:2]}
+    silent = Failure(code="refusal", stage="x")
+    answers = set(list(FITS)[::3])  # in list mode a request is answered as a whole or not at all
+
+    def judge(d: str, t: str):
+        return silent if (d not in answers if mode == "list" else t not in few) else knows(d, t)
+
+    ctx = context(judge)
+    check = check_judge(Detection(mode=mode), ctx)
+    assert check.auc is None and check.ci_low is None and check.weak and check.n_failed > 0.1 * 480
+    answered = [v for v in check.detail["per_description"].values() if v is not None]
+    assert answered and set(answered) == {1.0}  # what it did say was right
 
 
 def test_fewer_descriptions_cost_less_and_say_so() -> None:

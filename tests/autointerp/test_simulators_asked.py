@@ -168,3 +168,58 @@ def test_the_simulator_is_chosen_by_name() -> None:
         load_plugins(InterpConfig(explainers=(), scorers=("simulation",)), *contexts)
     with pytest.raises(ConfigError):
         Structured(per_request=0)
+
+
+# --- tokenizers that cannot write a digit ----------------------------------------------------------------------------
+
+
+class Pieces:
+    """Writes each text of ``known`` as one token, any other a character at a time."""
+
+    bos_token_id = None
+
+    def __init__(self, known) -> None:
+        self.known = dict(known)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [self.known[text]] if text in self.known else [1_000_000, *map(ord, text)]
+
+
+DIGITS = "0123456789"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "why"),
+    [
+        (Pieces({}), "'0' is no token of its own"),
+        (Pieces({d: i for i, d in enumerate(DIGITS[:-1])}), "'9' is no token of its own"),
+        (Pieces({d: i // 2 for i, d in enumerate(DIGITS)}), "'1' is the same token as '0'"),
+    ],
+)
+def test_digits_are_verified_for_the_tokenizer_in_use_before_anything_is_asked(tokenizer, why: str) -> None:
+    backend = ScriptedClient(
+        lambda r: pytest.fail("a request was sent"), tokenizer=tokenizer, capabilities=Capabilities(next_token=True)
+    )
+    ctx = ScoreContext(client=CachedClient(backend), tokenizer=TOKENIZER)
+    with pytest.raises(Unsupported, match=f"token_by_token.*{why}"):
+        TokenByToken().simulate_many([(explanation(0), window("a"))], ctx)
+    assert not backend.sent
+
+
+def test_a_digit_behind_a_blank_is_enough() -> None:
+    spaced = Pieces({f" {d}": i for i, d in enumerate(DIGITS)})
+    backend = ScriptedClient(
+        lambda r: row(s9=0.9), tokenizer=spaced, capabilities=Capabilities(next_token=True)
+    )
+    ctx = ScoreContext(client=CachedClient(backend), tokenizer=TOKENIZER)
+    [s] = TokenByToken().simulate_many([(explanation(0), window("a"))], ctx)
+    assert s.values == (1.0,)
+
+
+def test_many_windows_a_request_have_room_for_their_answer() -> None:
+    shown = [window("x" * 40, i) for i in range(12)]
+    _, backend = simulate(Structured(per_request=12), shown, lambda r: '{"active": []}')
+    _, usual = simulate(Structured(), shown[:5], lambda r: '{"active": []}')
+    assert [r.max_tokens for r in usual.sent] == [1_400] and [r.max_tokens for r in backend.sent] == [3_360]
+    _, usual = simulate(Structured(), [window("x" * 32, i) for i in range(5)], lambda r: '{"active": []}')
+    assert [r.max_tokens for r in usual.sent] == [1_200]
