@@ -11,7 +11,7 @@ from evals.results import DETAILS_FILE, row_dir, write_draws, write_rows
 from evals.run_log import RunLog, StageLog
 from sae import plugins
 from sae.engines import EngineName, Failure, run_jobs
-from sae.errors import ConfigError, Unsupported
+from sae.errors import Unsupported
 from sae.manifest import is_complete, key_of, writing
 
 SUITE = "evals.suite"
@@ -166,12 +166,16 @@ class Measurement:
     ) -> None:
         """All jobs at once on another engine; what they share is made here first, so that no two make it."""
         for evaluation, fitting in pairs:
-            with self.log.stage(f"shared: {evaluation.name}"):
+            with self.log.stage(f"shared: {evaluation.name}") as stage:
                 for seed in seeds:
-                    ctx = self.context(evaluation, fitting[0], seed)
-                    prepare = getattr(evaluation, "prepare", None)
-                    if prepare is not None:
-                        prepare(ctx)
+                    try:
+                        ctx = self.context(evaluation, fitting[0], seed)
+                        prepare = getattr(evaluation, "prepare", None)
+                        if prepare is not None:
+                            prepare(ctx)
+                    except Exception as error:  # the jobs that need it will fail and be told; the others go on
+                        stage.status = "failed"
+                        logger.debug("%s: what its subjects share cannot be made", evaluation.name, exc_info=error)
         by_id = {s.info.sae_id: s for _, fitting in pairs for s in fitting}
         jobs = [
             MeasureJob(elsewhere.cfg, s.info.sae_id, evaluation.name, seed, self.force)
@@ -187,8 +191,6 @@ class Measurement:
         made: list[Path] = []
         for subject, name, found in results:
             if isinstance(found, Failure):
-                if found.error == "ConfigError":
-                    raise ConfigError(found.detail)
                 self.log.fail_job(subject.info.sae_id, name, found)
             else:
                 made.append(found)

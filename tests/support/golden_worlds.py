@@ -52,7 +52,7 @@ def context(subject: SAESubject, root: Path, lm: Any = None, **more: Any) -> Eva
                        load_lm=None if lm is None else lambda: lm, **more)  # fmt: skip
 
 
-# -- text whose activations follow two tokens ---------------------------------------------------------------------------
+# -- text whose activations follow two tokens --------------------------------------------------------------------------
 class PairLM:
     """x = embedding(token) + 0.6 embedding(token before); token 59 is N2G's filler."""
 
@@ -126,7 +126,8 @@ def explanation_context(root: Path) -> EvalContext:
                 selected=chosen, calibrate_score=float(r.random())))  # fmt: skip
             scores += latent_scores(r, latent, explainer)
     checks = [
-        JudgeCheck(judge="minilm", scorer="embedding", auc=0.86, ci_low=0.8, ci_high=0.9, wrong_auc=0.5, n=40, weak=False),
+        JudgeCheck(judge="minilm", scorer="embedding", auc=0.86, ci_low=0.8, ci_high=0.9, wrong_auc=0.5, n=40,
+                   weak=False),
         JudgeCheck(judge="lm", scorer="simulation", auc=0.6, ci_low=0.5, ci_high=0.7, wrong_auc=0.55, n=40),
     ]  # fmt: skip
     with writing(root / "explanations" / "e", kind="explanations", key="e", stage_version=1, config={}) as out:
