@@ -29,6 +29,9 @@ class MemoryTokens:
     def n_tokens(self) -> int:
         return self.tokens_BL.size
 
+    def doc_ids_BL(self) -> np.ndarray:
+        return self.docs_BL
+
 
 @dataclass
 class MemoryStore:
