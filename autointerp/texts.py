@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from autointerp.records import Exemplar, LatentView
+from sae.manifest import hash64
 
 ACTIVE_SHARE = 0.3
 """A token counts as marked from this share of its window's peak (AUTOINTERP 3)."""
@@ -97,13 +98,26 @@ class Decoder:
         return self.text(ids[start : start + n_tokens]).strip()
 
 
-def deal(positives: Sequence[Exemplar]) -> list[Exemplar]:
-    """Windows dealt round the quantile groups: one of each, weakest group first, then a second of each, ..."""
+def deal(positives: Sequence[Exemplar], n: int | None = None) -> list[Exemplar]:
+    """``n`` windows (all by default) dealt round the quantile groups: one of each, weakest group first, then a second
+    of each, ... A last turn that not every group can have goes to groups evenly spaced from the weakest to the
+    strongest, so that a judge of few windows still meets every strength. Inside a group: :func:`any_of`."""
     by_group: dict[int, list[Exemplar]] = defaultdict(list)
     for exemplar in positives:
         by_group[exemplar.group].append(exemplar)
-    turns = range(max(map(len, by_group.values()), default=0))
-    return [members[t] for t in turns for _, members in sorted(by_group.items()) if t < len(members)]
+    groups = [any_of(members, len(members)) for _, members in sorted(by_group.items())]
+    dealt: list[Exemplar] = []
+    for t in range(max(map(len, groups), default=0)):
+        turn = [members[t] for members in groups if t < len(members)]
+        room = len(turn) if n is None else min(n - len(dealt), len(turn))
+        dealt += [turn[(2 * k + 1) * len(turn) // (2 * room)] for k in range(room)]
+    return dealt
+
+
+def any_of(exemplars: Sequence[Exemplar], n: int) -> list[Exemplar]:
+    """At most ``n`` windows, uniformly: in the order of a hash. Tables hold them in the order of the text, and the
+    first ones of a folder of files are all from its first files."""
+    return sorted(exemplars, key=lambda e: (hash64(e.exemplar_id), e.exemplar_id))[:n]
 
 
 def _joins(character: str) -> bool:

@@ -21,7 +21,7 @@ from autointerp.calibration import (
 from autointerp.classify import MAX_FAILED_SHARE, base_score, null_scores, positives_of
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult, Simulator
 from autointerp.records import ActivationScale, Exemplar, LatentScore, ScoreItem, Simulation
-from autointerp.texts import deal
+from autointerp.texts import any_of, deal
 from sae.plugins import find
 
 PATTERN_SIMULATOR = "pattern"
@@ -31,7 +31,7 @@ class SimulationScorer:
     """Correlation and explained variance of simulated activations."""
 
     name: ClassVar[str] = "simulation"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     metrics: ClassVar[tuple[str, ...]] = SIMULATION_METRICS
 
     def __init__(
@@ -154,7 +154,7 @@ class SimulationScorer:
 def choose_windows(exemplars: Sequence[Exemplar], per_sign: int) -> list[Exemplar]:
     """At most ``per_sign`` positive windows, dealt round the quantile groups, and as many uniform silent ones."""
     silent = [e for e in exemplars if e.kind == "silent"]
-    return deal(positives_of(exemplars))[:per_sign] + silent[:per_sign]
+    return deal(positives_of(exemplars), per_sign) + any_of(silent, per_sign)
 
 
 def _flat(rows: Sequence[Sequence[float] | None]) -> np.ndarray:

@@ -20,7 +20,7 @@ from autointerp.classify import (
 from autointerp.client import Client, ContinuationRequest, LogprobReply, Origin
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
 from autointerp.records import Exemplar, Failure
-from autointerp.texts import PMI_NO_TEXT, Decoder, deal, pmi_continuation, pmi_prompt
+from autointerp.texts import PMI_NO_TEXT, Decoder, any_of, deal, pmi_continuation, pmi_prompt
 
 Values = dict[tuple[str, str], float | Failure]
 """(exemplar id or "" for no window, explanation text) -> log P(explanation | window)."""
@@ -30,7 +30,7 @@ class Surprisal:
     """Likelihood contrast of the explanation."""
 
     name: ClassVar[str] = "surprisal"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"client:continuation"})
     metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
 
@@ -67,7 +67,7 @@ class Surprisal:
     @staticmethod
     def _drawn(exemplars: Sequence[Exemplar], positive: int, silent: int) -> list[Exemplar]:
         """Positives dealt round the quantile groups, then uniform silent windows."""
-        return deal(positives_of(exemplars))[:positive] + [e for e in exemplars if e.kind == "silent"][:silent]
+        return deal(positives_of(exemplars), positive) + any_of([e for e in exemplars if e.kind == "silent"], silent)
 
     def _ask(
         self,

@@ -4,7 +4,7 @@ import pytest
 from tiny import byte_tokenizer
 
 from autointerp.records import Exemplar, LatentView
-from autointerp.texts import Decoder, deal, list_text, marked_words, named, peak_word, readable, words_before
+from autointerp.texts import Decoder, any_of, deal, list_text, marked_words, named, peak_word, readable, words_before
 
 TOKENIZER = byte_tokenizer()
 
@@ -87,3 +87,25 @@ def test_dealing_takes_every_group_in_turn() -> None:
     found = deal([exemplar("x", number=i, kind="quantile", group=i // 3) for i in range(6)])
     assert [e.group for e in found] == [0, 1, 0, 1, 0, 1]
     assert deal([]) == []
+
+
+@pytest.mark.parametrize(
+    ("n", "groups"),
+    [(1, [5]), (2, [2, 7]), (4, [1, 3, 6, 8]), (8, [0, 1, 3, 4, 5, 6, 8, 9]), (10, list(range(10))),
+     (12, [*range(10), 2, 7]), (20, [*range(10), *range(10)]), (99, [*range(10), *range(10)])],
+)  # fmt: skip
+def test_few_windows_are_of_every_strength(n: int, groups: list[int]) -> None:
+    """Ten groups of two. Taking the first n in turn would leave out the strongest, which are what a latent is about."""
+    found = deal([exemplar("x", number=i, kind="quantile", group=i // 2) for i in range(20)], n)
+    assert [e.group for e in found] == groups and len({e.exemplar_id for e in found}) == len(found)
+
+
+def test_some_windows_are_no_more_from_the_beginning_than_others() -> None:
+    """Ids in the order of the text, as in a table: of 20 windows the 8 taken have a mean place of 9.5."""
+    places = []
+    for latent in range(200):
+        ids = [f"key-{latent}-score-silent-{row}-0--1" for row in range(20)]
+        table = [Exemplar(exemplar_id=i, latent=latent, kind="silent", split="score") for i in ids]
+        places += [ids.index(e.exemplar_id) for e in any_of(table, 8)]
+        assert any_of(table[::-1], 8) == any_of(table, 8)
+    assert len(places) == 1_600 and sum(places) / len(places) == pytest.approx(9.5, abs=0.45)  # 3 standard errors
