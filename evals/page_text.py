@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from markupsafe import Markup
@@ -46,6 +47,12 @@ def visible(text: str) -> str:
     Line breaks, tabs, controls and direction marks become symbols; a half of a surrogate pair becomes U+FFFD, as it
     cannot be written as UTF-8. Right-to-left letters stay as they are.
     """
+    if text.isascii() and text.isprintable():  # nearly every token of an English text
+        return text
+    return _token_shown(text) if len(text) <= 32 else _shown(text)
+
+
+def _shown(text: str) -> str:
     out = []
     for char in text:
         code = ord(char)
@@ -62,6 +69,10 @@ def visible(text: str) -> str:
     return "".join(out)
 
 
+_token_shown = lru_cache(maxsize=2**16)(_shown)
+"""Tokens come again and again; longer texts do not and are not kept."""
+
+
 def window_tokens(
     tokens: Sequence[str], acts: Sequence[float], *, merge: bool = True, peak: int = -1
 ) -> list[str | list[Any]]:
@@ -71,9 +82,10 @@ def window_tokens(
     keeps a page light; simulated windows are not merged, since their values count tokens.
     """
     out: list[str | list[Any]] = []
+    known = len(acts)
     for i, token in enumerate(tokens):
-        act = float(acts[i]) if i < len(acts) else 0.0
-        if math.isfinite(act) and act > 0:
+        act = float(acts[i]) if i < known else 0.0
+        if 0 < act < math.inf:  # false for NaN too
             out.append([visible(token), float(f"{act:.3g}"), int(i == peak)])
         elif merge and out and isinstance(out[-1], str):
             out[-1] += visible(token)

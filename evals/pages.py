@@ -45,6 +45,7 @@ def environment() -> "jinja2.Environment":
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,  # no look at the file's date for each of ten thousand pages
     )
     env.filters["num"] = number
     env.filters["pct"] = percent

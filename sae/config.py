@@ -25,7 +25,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """Strict: an unknown key, a missing required field or a value of another type is a :class:`ConfigError`."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{kind.__name__}: expected an object, got {type(values).__name__}")
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    known = _names(kind)  # type: ignore[arg-type]
     hints = _hints(kind)  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in known:
@@ -40,6 +40,15 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
+# Tables of records are read through here by the hundred thousand: what depends on the type alone is looked up once.
+_origin, _args = cache(typing.get_origin), cache(typing.get_args)
+
+
+@cache
+def _names(kind: type) -> frozenset[str]:
+    return frozenset(f.name for f in fields(kind))
+
+
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
@@ -50,11 +59,13 @@ _SCALARS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, str: str
 
 def _fits(hint: Any, value: Any) -> bool:
     """Is a JSON value one of the words or of the scalar type asked for? Other types are left to their own checks."""
-    origin = typing.get_origin(hint)
+    if type(value) is hint:
+        return True
+    origin = _origin(hint)
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return value in _args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(hint))
+        return any(_fits(option, value) for option in _args(hint))
     if hint in _SCALARS:
         return isinstance(value, _SCALARS[hint]) and not isinstance(value, bool)
     if is_dataclass(hint):
@@ -64,9 +75,11 @@ def _fits(hint: Any, value: Any) -> bool:
 
 def _coerce(hint: Any, value: Any) -> Any:
     """JSON lists become tuples, JSON objects become nested configurations."""
-    origin = typing.get_origin(hint)
+    if type(value) in (str, int, float, bool, types.NoneType):
+        return value
+    origin = _origin(hint)
     if origin in (typing.Union, types.UnionType):
-        for option in typing.get_args(hint):
+        for option in _args(hint):
             if is_dataclass(option) and isinstance(value, Mapping):
                 return from_dict(option, value)  # type: ignore[arg-type]
         return tuple(value) if isinstance(value, list) else value

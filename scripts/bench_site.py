@@ -17,8 +17,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
 import synthetic_latents as synthetic  # noqa: E402
-from stored_latents import renumbered, write_artefacts  # noqa: E402
+from stored_latents import KINDS, renumbered, write_artefacts  # noqa: E402
 from synthetic_results import TOPK, VALUES, info, write_row_folder  # noqa: E402
+
+from sae.manifest import read_manifest, writing  # noqa: E402
 
 BUILD = """
 import resource, sys, time
@@ -33,8 +35,9 @@ print(f"built in {time.monotonic() - begun:.1f} s ({time.process_time() - proces
 
 
 def write_results(root: Path, saes: int, latents: int) -> None:
-    """Rows and artefacts of ``saes`` SAEs with ``latents`` explained latents each."""
+    """Rows and artefacts of ``saes`` SAEs with ``latents`` explained latents each; all have the first one's latents."""
     base = synthetic.latent(0)
+    first = ""
     for i in range(saes):
         sae_id = TOPK.replace("s0-", f"s{i}-")
         for evaluation in sorted({e for e, _, _ in VALUES}):
@@ -44,9 +47,33 @@ def write_results(root: Path, saes: int, latents: int) -> None:
                 if e == evaluation and not isinstance(found.get(TOPK, ""), str)
             }
             write_row_folder(root, info(sae_id), evaluation, cells)
-        mine = replace_ids(base, sae_id)
+        if first:
+            copy_artefacts(root, first, sae_id, f"{0:016x}", f"{i:016x}")
+            continue
+        first, mine = sae_id, replace_ids(base, sae_id)
         made = [renumbered(mine, n) for n in range(100, 100 + latents)]
         write_artefacts(root, made, key=f"{i:016x}", made="2026-01-01")
+
+
+def copy_artefacts(root: Path, old_id: str, new_id: str, old_key: str, new_key: str) -> None:
+    """The artefacts of one SAE as those of another: making them anew takes longer than building their pages."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for kind in KINDS:
+        inputs = {n: new_key for n in read_manifest(root / kind / old_key)["inputs"]}
+        with writing(root / kind / new_key, kind=kind, key=new_key, stage_version=1, config={}, inputs=inputs) as out:
+            out.counts["sae_id"] = new_id
+            for file in sorted((root / kind / old_key).iterdir()):
+                if file.suffix == ".parquet":
+                    table = pq.read_table(file)
+                    if "sae_id" in table.column_names:
+                        ids = pa.array([new_id] * len(table))
+                        table = table.set_column(table.column_names.index("sae_id"), "sae_id", ids)
+                    pq.write_table(table, out.path / file.name, compression="zstd")
+                elif file.name != "manifest.json":
+                    text = file.read_text(encoding="utf-8").replace(old_id, new_id)
+                    (out.path / file.name).write_text(text, encoding="utf-8")
 
 
 def replace_ids(latent: synthetic.LatentData, sae_id: str) -> synthetic.LatentData:
