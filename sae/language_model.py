@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sae.errors import ConfigError, Unsupported, did_you_mean
 from sae.hooks import first_tensor, replace_input, with_first
+from sae.packed import pack_linears
 
 if TYPE_CHECKING:
     from sae.fast_forward import FastForward
@@ -81,7 +82,8 @@ class LanguageModel:
         files = resolve(ref, revision)
         chosen = _dtype(dtype, device)
         model, tokenizer = files.load(chosen)
-        return cls(model.to(device), tokenizer, name=files.name, revision=files.revision, slug=files.slug)
+        pack_linears(model.to(device))
+        return cls(model, tokenizer, name=files.name, revision=files.revision, slug=files.slug)
 
     @property
     def device(self) -> torch.device:

@@ -10,8 +10,9 @@ import numpy as np
 
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
+from evals.passes import MEMO_BYTES, Passes, compare
 from evals.results import Estimate, Metric
-from evals.units import Block, Floats, UnitSums, blocks, choose_rows, ratio_table, set_means
+from evals.units import Floats, UnitSums, choose_rows, ratio_table, set_means
 from sae.errors import Unsupported
 from sae.manifest import rng
 
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from evals.pretraining import Curve
-    from sae.activations import ActivationStore
-    from sae.upper import UpperRunner
 
-BATCH_TOKENS = 1_024
-UNEMBED_TOKENS = 256
-"""Logits are made for this many positions at a time: 256 x 49,152 floats are 50 MB."""
-MEMO_BYTES = 400_000_000
-"""Clean hidden states are kept for all subjects up to this size, else computed again."""
 GAO = "Gao et al. 2024 (arXiv 2406.04093)"
 BY_DOCUMENT = "Interval: documents."
 
@@ -91,93 +85,6 @@ def equivalent_compute(delta_ce: Any, pretraining_tokens: float, law: ScalingLaw
     return np.where(np.isnan(delta), np.nan, (r / (r + np.maximum(delta, 0.0))) ** (1 / law.beta))
 
 
-def scored_positions(
-    keep_BL: np.ndarray, doc_BL: np.ndarray, ids_BL: np.ndarray, special: tuple[int, ...],
-) -> np.ndarray:
-    """Mask [B, L]: the prediction made at t counts if t passed the filter and token t+1 is ordinary, same document."""
-    score = np.zeros_like(keep_BL, dtype=bool)
-    same = doc_BL[:, 1:] == doc_BL[:, :-1]
-    score[:, :-1] = keep_BL[:, :-1] & same & ~np.isin(ids_BL[:, 1:], np.asarray(special, dtype=np.int64))
-    return score
-
-
-class Batch(NamedTuple):
-    """Rows of one upper pass."""
-
-    number: int
-    block: Block
-    ids_BL: "torch.Tensor"
-    keep_BL: "torch.Tensor"
-    score_BL: "torch.Tensor"
-    doc_M: np.ndarray
-    """Document of each scored position."""
-    next_M: "torch.Tensor"
-    """Token to be predicted."""
-
-
-class Passes:
-    """Upper passes over the chosen rows, always in the same batches, so that equal input gives equal bits."""
-
-    def __init__(self, upper: "UpperRunner", store: "ActivationStore", rows: np.ndarray, special: tuple[int, ...],
-                 device: Any = "cpu") -> None:
-        self.upper, self.store, self.rows, self.special, self.device = upper, store, rows, special, device
-
-    def batches(self, title: str) -> Any:
-        """Iterator of Batch, behind a progress bar."""
-        import torch
-
-        for number, block in enumerate(blocks(self.store, self.rows, BATCH_TOKENS, title)):
-            ids = np.asarray(self.store.tokens.tokens_BL[block.rows_B], dtype=np.int64)
-            score = scored_positions(block.keep_BL, block.doc_BL, ids, self.special)
-            following = torch.from_numpy(np.roll(ids, -1, axis=1)[score])
-            yield Batch(number, block, torch.from_numpy(ids), torch.from_numpy(block.keep_BL),
-                        torch.from_numpy(score), block.doc_BL[score], following.to(self.device))
-
-    def states(self, batch: Batch, resid_BLD: "torch.Tensor") -> "torch.Tensor":
-        """What logits are made from at the scored positions: final hidden states [M, D], or logits of a fall-back."""
-        resid, score = resid_BLD.to(self.device), batch.score_BL.to(self.device)
-        if self.upper.is_exact:
-            return self.upper.hidden(resid)[score]
-        return self.upper.logits(resid, ids_BL=batch.ids_BL.to(self.device))[score]
-
-    def log_probs(self, states_MX: "torch.Tensor") -> "torch.Tensor":
-        """[M, V] float32; a KL is never the log of a softmax."""
-        logits = self.upper.unembed(states_MX) if self.upper.is_exact else states_MX
-        return logits.float().log_softmax(dim=-1)
-
-    def losses(self, batch: Batch, states_MX: "torch.Tensor") -> np.ndarray:
-        """Next-token loss [M] of one arm."""
-        found = []
-        for start in range(0, len(states_MX), UNEMBED_TOKENS):
-            part = slice(start, start + UNEMBED_TOKENS)
-            log_p = self.log_probs(states_MX[part])
-            found.append(-log_p.gather(1, batch.next_M[part, None])[:, 0].double().cpu().numpy())
-        return np.concatenate(found) if found else np.zeros(0)
-
-
-def compare(
-    passes: Passes, batch: Batch, clean: "torch.Tensor", arms: "dict[str, torch.Tensor]",
-) -> dict[str, np.ndarray]:
-    """Per scored position [M]: `ce` (clean), and per arm `ce.<arm>`, `kl.<arm>`, `top1.<arm>`."""
-    found: dict[str, list[np.ndarray]] = {}
-
-    def note(name: str, values: Any) -> None:
-        found.setdefault(name, []).append(values.double().cpu().numpy())
-
-    for start in range(0, max(1, len(clean)), UNEMBED_TOKENS):
-        part = slice(start, start + UNEMBED_TOKENS)
-        target = batch.next_M[part, None]
-        log_p = passes.log_probs(clean[part])
-        p, top = log_p.exp(), log_p.argmax(dim=-1)
-        note("ce", -log_p.gather(1, target)[:, 0])
-        for arm, states in arms.items():
-            log_q = passes.log_probs(states[part])
-            note(f"ce.{arm}", -log_q.gather(1, target)[:, 0])
-            note(f"top1.{arm}", (log_q.argmax(dim=-1) == top))
-            note(f"kl.{arm}", (p * log_q.sub_(log_p).neg_()).sum(dim=-1))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
 def random_error(error_BLD: "torch.Tensor", rows_B: np.ndarray, seed: int) -> "torch.Tensor":
     """Errors of the same length in uniformly random directions; they depend on the seed and the row alone."""
     import torch
@@ -206,13 +113,12 @@ def shared_passes(passes: Passes, mean_D: "torch.Tensor", keep_states: bool) -> 
 
     hidden, sums = {}, UnitSums()
     for batch in passes.batches("clean, zero and mean"):
-        x, mask = batch.block.x_BLD, batch.keep_BL[..., None]
+        x = batch.block.x_BLD
         if keep_states:
             hidden[batch.number] = passes.states(batch, x)
-        arms = {"zero": torch.zeros_like(x), "mean": mean_D.float().expand_as(x)}
+        arms = {"zero": torch.zeros_like(mean_D), "mean": mean_D}
         sums.add(batch.doc_M, {
-            f"ce.{arm}": passes.losses(batch, passes.states(batch, torch.where(mask, value, x)))
-            for arm, value in arms.items()
+            f"ce.{arm}": passes.constant_losses(batch, value.to(x)) for arm, value in arms.items()
         })
     return Shared(hidden, sums)
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from memory_store import Function, context, info, memory_store, topk_subject
 
+import evals.passes
+from evals.passes import scored_positions
 from evals.suite import downstream_loss as downstream
 from evals.units import UnitSums
 from sae.manifest import rng
@@ -97,7 +99,7 @@ def test_shared_passes_run_once(tiny_lm, hookpoint, store, tmp_path, monkeypatch
 
 
 def test_the_random_error_in_some_batches_alone(tiny_lm, hookpoint, store, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(downstream, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(evals.passes, "BATCH_TOKENS", 256)
     subject = topk_subject(tiny_lm, hookpoint, store)
     every = run(tiny_lm, hookpoint, store, subject, tmp_path)
     config = EVAL.config("tiny") | {"random_error_every": 2}
@@ -132,7 +134,7 @@ def test_scored_positions() -> None:
     keep = np.array([[False, True, True, True, True, True]])
     doc = np.array([[0, 0, 0, 1, 1, 1]])
     ids = np.array([[0, 5, 6, 7, 1, 8]])
-    score = downstream.scored_positions(keep, doc, ids, (0, 1))
+    score = scored_positions(keep, doc, ids, (0, 1))
     # 0 is filtered out, after 2 another document begins, after 3 comes a special token, 5 has no next token
     assert score.tolist() == [[False, True, False, False, True, False]]
 
