@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from golden_worlds import CONTEXTS
+from memory_cache import MemoryCache
 from memory_store import context, info, memory_store
 from planted import planted, truth_of
 
@@ -84,6 +85,28 @@ def test_values_on_earlier_stages_are_those_of_the_version(name: str, tmp_path: 
     """n2g: patterns built on planted text. explanation: scores read from disk. absorption: words of a planted model."""
     evaluation = plugins.find("evals.suite", name)
     check_golden(evaluation, evaluation.run(CONTEXTS[name](tmp_path)).rows)
+
+
+def test_values_of_reconstructions_from_patterns_are_those_of_the_version(world, monkeypatch) -> None:
+    """n2g_loss in both modes, whose metrics have names of their own; patterns are built on random bytes.
+
+    Of some random bytes taking 24 latents out adds no loss, which leaves no share: seed 5 has one."""
+    from evals import patterns
+    from evals.suite import n2g_loss
+
+    lm, hookpoint, subject = world["lm"], world["hookpoint"], world["subject"]
+    stores = {split: memory_store(lm, hookpoint, rows=rows, seed=seed, split=split)
+              for split, rows, seed in (("explain", 48, 1), ("score", 24, 2), ("train", 48, 3), ("test", 16, 5))}
+    cache = MemoryCache(subject.sae, {split: stores[split] for split in ("explain", "score")}, min_active=16)
+    monkeypatch.setitem(patterns.LATENTS, "tiny", 24)
+    rows, shared = [], {}
+    for full_up_to in (0, F):
+        monkeypatch.setitem(n2g_loss.FULL_UP_TO, "tiny", full_up_to)
+        rows += n2g_loss.PLUGIN.run(context(
+            lm, hookpoint, stores["test"], subject, world["root"], shared, latents=cache,
+            train_text=stores["train"].tokens)).rows
+    assert {r.metric for r in rows} == {m.name for m in n2g_loss.PLUGIN.metrics}
+    check_golden(n2g_loss.PLUGIN, rows)
 
 
 def check_golden(evaluation: Any, rows: list[Any]) -> None:
