@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from autointerp.judge_sizes import JudgeSizes
 from sae.config import require
 
 
@@ -59,6 +60,8 @@ class InterpConfig:
     costly_latents: int | None = 8
     """Of these latents at most so many are scored by `embedding` and `surprisal`, for which every window is a pass of a
     model; the other scorers take all. None: all."""
+    sizes: JudgeSizes = JudgeSizes()
+    """How much of a latent the dear judges read."""
     simulator: str = "word_embedding"
     """File name in autointerp/simulators, for the scorer `simulation`. all_at_once, structured and token_by_token ask
     the language model."""

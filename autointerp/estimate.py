@@ -16,6 +16,7 @@ from autointerp.client import Capabilities, OnReply, expected_usage
 from autointerp.config import ExemplarConfig, InterpConfig
 from autointerp.interfaces import SUBJECT_NEEDS, ExplainContext, ScoreContext, missing_needs
 from autointerp.judge_check import check_judge, known_features
+from autointerp.judge_sizes import JudgeSizes
 from autointerp.ledger import TOKENS_PER_PRICE, Price
 from autointerp.llm_requests import (
     ContinuationRequest,
@@ -26,7 +27,7 @@ from autointerp.llm_requests import (
     Request,
     request_key,
 )
-from autointerp.pipeline import CHECK_DESCRIPTIONS, jobs_for, make_jobs, plugins_of
+from autointerp.pipeline import jobs_for, make_jobs, plugins_of
 from autointerp.records import CALIBRATE, EXPLAIN, SCORE, Exemplar, Explanation, LatentView
 
 SAMPLE = 2
@@ -82,6 +83,7 @@ def estimate(
     tokenizer: Any,
     capabilities: Capabilities,
     embedder: bool = True,
+    check_descriptions: int = JudgeSizes().check_descriptions,
 ) -> list[StageEstimate]:
     """Per plug-in that asks a language model its stage and its judge check.
 
@@ -120,7 +122,7 @@ def estimate(
         most = getattr(scorer, "max_latents", None)
         stages.append(client.stage(f"score.{scorer.name}", min(latents, most or latents) / SAMPLE))
         client = meter()
-        check_judge(scorer, ScoreContext(client=client, tokenizer=tokenizer), n_descriptions=CHECK_DESCRIPTIONS)
+        check_judge(scorer, ScoreContext(client=client, tokenizer=tokenizer), n_descriptions=check_descriptions)
         stages.append(client.stage(f"check.{scorer.name}", 1.0, once=True))
     return [s for s in stages if s.requests]
 
@@ -129,6 +131,7 @@ def planned(cfg: InterpConfig, exemplars: ExemplarConfig, tokenizer: Any) -> lis
     """The estimate of a configuration, before any client is opened."""
     return estimate(
         *plugins_of(cfg), exemplars, latents=cfg.latents, tokenizer=tokenizer,
+        check_descriptions=cfg.sizes.check_descriptions,
         capabilities=CAPABILITIES.get(cfg.client, Capabilities()), embedder=cfg.embedder != "none",
     )  # fmt: skip
 

@@ -9,10 +9,12 @@ order of the question, one entry each, and never depends on that order.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from autointerp.judge_sizes import JudgeSizes
 from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, LatentScore, LatentView, ScoreItem, Simulation
 from sae.errors import LeakError, Unsupported
 
@@ -86,6 +88,8 @@ class ScoreContext:
     hookpoint: str = ""
     latents: tuple[int, ...] = ()
     """The run's sample of latents; the pipeline fills it in."""
+    check_descriptions: int = JudgeSizes().check_descriptions
+    """On so many descriptions a judge is checked."""
     tokenizer: Any = None
 
 
@@ -106,6 +110,8 @@ class ScoreJob:
     """Share of the score split's grid windows on which the latent is active."""
     floor_kind: str = ""
     """"" or 'shuffled'."""
+    cache: Path | None = None
+    """Folder of the latent cache that the windows are from; None where they are from none."""
 
     def __post_init__(self) -> None:
         for name, items, split in (("exemplars", self.exemplars, SCORE), ("calibrate", self.calibrate, CALIBRATE)):

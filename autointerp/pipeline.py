@@ -40,7 +40,6 @@ from sae.plugins import find
 EXPLAIN_VERSION = 2
 SCORE_VERSION = 2
 CHECK_VERSION = 1
-CHECK_DESCRIPTIONS = 12
 SHUFFLED = "shuffled"
 logger = logging.getLogger(__name__)
 
@@ -111,14 +110,14 @@ def load_plugins(cfg: InterpConfig, ctx: ExplainContext, scoring: ScoreContext) 
 
 def plugins_of(cfg: InterpConfig) -> tuple[list[Any], list[Any]]:
     """(explainers, scorers), each told those settings of the configuration that its constructor takes."""
-    told = {"candidates": cfg.candidates, "simulator": cfg.simulator, "max_latents": cfg.costly_latents}
 
-    def made(kind: Any) -> Any:
+    def made(kind: Any, told: Mapping[str, Any]) -> Any:
         known = inspect.signature(kind).parameters
         return kind(**{name: value for name, value in told.items() if name in known})
 
-    explainers = [made(find("autointerp.explainers", name)) for name in cfg.explainers]
-    return explainers, [made(find("autointerp.scorers", name)) for name in cfg.scorers]
+    judging = {"simulator": cfg.simulator, "max_latents": cfg.costly_latents, **cfg.sizes.options()}
+    explainers = [made(find("autointerp.explainers", name), {"candidates": cfg.candidates}) for name in cfg.explainers]
+    return explainers, [made(find("autointerp.scorers", name), judging) for name in cfg.scorers]
 
 
 def explain(
@@ -242,7 +241,7 @@ def score(
     """
     began = time.monotonic()
     manifest = read_manifest(explanations)
-    config = _identity(scorers, ctx) | {"check_descriptions": CHECK_DESCRIPTIONS}
+    config = _identity(scorers, ctx) | {"check_descriptions": ctx.check_descriptions}
     inputs = {"explanations": str(manifest["key"]), "exemplars": exemplars.key, "content": content_of(explanations)}
     _note_parts(config, fan, len(exemplars.latents))
     ctx = replace(ctx, latents=tuple(exemplars.latents))
@@ -334,18 +333,25 @@ def _job(explanation: Explanation, latent: int, exemplars: ExemplarTable, floor_
     return ScoreJob(
         explanation=explanation, sae_id=exemplars.sae_id, latent=latent, exemplars=tuple(windows),
         calibrate=tuple(exemplars.scored(latent, CALIBRATE)), pi=exemplars.pi(latent), floor_kind=floor_kind,
+        cache=_cache_of(exemplars),
     )
+
+
+def _cache_of(exemplars: ExemplarTable) -> Path | None:
+    """Stand-ins of the estimate are from no cache."""
+    key = getattr(exemplars, "latents_key", None)
+    return None if key is None else artefact_dir(Path(exemplars.folder).parents[1], "latents", key)
 
 
 def checked(root: Path, scorer: Scorer, ctx: ScoreContext) -> JudgeCheck:
     """The judge's check, kept as ``judge_checks/<key>/``, so that a judge is checked once."""
-    config = _identity([scorer], ctx) | {"n": CHECK_DESCRIPTIONS}
+    config = _identity([scorer], ctx) | {"n": ctx.check_descriptions}
     key = key_of("judge_checks", CHECK_VERSION, config)
     folder = artefact_dir(root, "judge_checks", key)
     if is_complete(folder):
         (check,) = read_jsonl(folder / "check.jsonl", JudgeCheck)
     else:
-        check = check_judge(scorer, ctx, n_descriptions=CHECK_DESCRIPTIONS, seed=ctx.seed)
+        check = check_judge(scorer, ctx, n_descriptions=ctx.check_descriptions, seed=ctx.seed)
         if check.auc is not None and not check.n_failed:  # what had no answer is asked again by the next run
             with writing(folder, kind="judge_checks", key=key, stage_version=CHECK_VERSION, config=config) as out:
                 write_jsonl(out.path / "check.jsonl", [check])

@@ -70,8 +70,9 @@ class Interpretation:
     def score_context(self) -> ScoreContext:
         lm = self.stages.lm_float32()
         return ScoreContext(
-            seed=self.cfg.seed, client=self.client, embedder=self.embedder, lm=lm, tokenizer=lm.tokenizer
-        )
+            seed=self.cfg.seed, client=self.client, embedder=self.embedder, lm=lm, tokenizer=lm.tokenizer,
+            check_descriptions=self.cfg.interp.sizes.check_descriptions,
+        )  # fmt: skip
 
     def explain_context(self, sae: SAE | None) -> ExplainContext:
         """Context of one SAE; without one, a context that answers which needs can be met."""
@@ -97,7 +98,7 @@ class Interpretation:
         stages = estimate(
             self.explainers, self.scorers, self.cfg.exemplars, latents=i.latents,
             tokenizer=self.stages.lm().tokenizer, capabilities=self.client.capabilities,
-            embedder=i.embedder != "none",
+            embedder=i.embedder != "none", check_descriptions=i.sizes.check_descriptions,
         )  # fmt: skip
         whole = total(stages, len(self.stages.saes))
         cost = whole.cost_usd(self.client.price)

@@ -154,7 +154,8 @@ def _interp_lines(
     )
     seconds = n_subjects * windows * (dear / 120 + i.latents / 1_000)
     if local:
-        seconds += n_subjects * dear * 24 * 66 * whole_s * ("surprisal" in i.scorers)
+        read = 3 * i.sizes.likelihood_windows * 66
+        seconds += n_subjects * dear * read * whole_s * ("surprisal" in i.scorers)
     lines.append(
         PlanLine("scores", seconds, f"{', '.join(i.scorers)}; {windows} windows a latent", 0.0,
                  n_subjects * llm_tokens + total(asked, n_subjects).tokens)

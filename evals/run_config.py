@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from autointerp.config import ExemplarConfig, InterpConfig
+from autointerp.judge_sizes import JudgeSizes
 from sae.config import FilterConfig, TokensConfig, TrainConfig, require, to_dict
 from sae.manifest import key_of
 
@@ -125,7 +126,10 @@ def quick() -> RunConfig:
     and a pass of both costs a quarter of what collecting the activations does. For ReLU from a random start four are
     too few as well (decision 014).
     """
-    return RunConfig(train=TrainConfig(train_tokens=999_424, l1=0.2, data_start=True, gate_l1=0.39))
+    return RunConfig(
+        train=TrainConfig(train_tokens=999_424, l1=0.2, data_start=True, gate_l1=0.39),
+        interp=InterpConfig(sizes=JudgeSizes(steering_prompts=20, steering_tokens=None)),  # decision 024
+    )
 
 
 def paper() -> RunConfig:
@@ -143,8 +147,14 @@ def paper() -> RunConfig:
         train=TrainConfig(
             d_sae=32_768, train_tokens=500_000_000, batch_tokens=32_768, lr=1.4e-4, dead_tokens=10_000_000
         ),
-        exemplars=ExemplarConfig(score_positive=50, score_silent=50, explain_random=16, score_embedding_near=5),
-        interp=InterpConfig(latents=1_000, costly_latents=None),
+        exemplars=ExemplarConfig(
+            calibrate_positive=20, calibrate_silent=20, score_positive=50, score_silent=50, explain_random=16,
+            score_embedding_near=5,
+        ),  # fmt: skip
+        interp=InterpConfig(
+            latents=1_000, costly_latents=None,
+            sizes=JudgeSizes(simulated_windows=20, likelihood_windows=50, check_descriptions=24),
+        ),  # fmt: skip
     )
 
 
@@ -164,7 +174,7 @@ def tiny() -> RunConfig:
             d_sae=64, k=4, batch_tokens=512, train_tokens=16_384, lr=3e-3, lr_warmup_steps=5, aux_k=8, dead_tokens=4_096
         ),
         exemplars=ExemplarConfig(score_positive=10, score_silent=10, score_hard=5, explain_random=4),
-        interp=InterpConfig(latents=4),
+        interp=InterpConfig(latents=4, sizes=JudgeSizes(steering_prompts=8, steering_tokens=None)),
     )
 
 

@@ -1,6 +1,6 @@
 """Intervention: does the explanation say what pushing the latent makes the model write? (AUTOINTERP 5.6)
 
-The real model is steered along the latent's decoder row on windows where the latent is silent, at a push matched by
+The real model is steered along the latent's decoder row on texts where the latent is silent, at a push matched by
 its effect (:mod:`autointerp.steering`), and likewise along those of two other latents. Three answers of the judge:
 ``surprisal_gain``, by how many nats a steered piece makes the explanation likelier than the clean one of the same
 prompt; ``choice_likelihood``, is the explanation likeliest under its own latent's pieces; ``choice``, the same asked by
@@ -19,9 +19,9 @@ from autointerp.numbered_choice import NumberedChoice
 from autointerp.prompts import escaped, load_prompt
 from autointerp.rates import wilson
 from autointerp.records import Exemplar, Failure, LatentScore, ScoreItem
-from autointerp.texts import Decoder, pmi_continuation, pmi_prompt
+from autointerp.texts import Decoder, any_of, pmi_continuation, pmi_prompt
 from sae.config import require
-from sae.errors import Unsupported
+from sae.errors import ConfigError, Unsupported
 from sae.manifest import rng
 
 N_SETS = 3
@@ -39,7 +39,7 @@ class Pieces(NamedTuple):
     """What was written after the prompts of one latent, one text per prompt."""
 
     prompts: tuple[str, ...]
-    """Ids of the silent windows that served as prompts."""
+    """Ids of the silent texts that served as prompts."""
     clean: tuple[str, ...]
     sets: tuple[tuple[str, ...], ...]
     """Under this latent's push, then under those of the others."""
@@ -47,21 +47,24 @@ class Pieces(NamedTuple):
 
 
 class Intervention:
-    """``Intervention(prompts=20, trials=5)``: 20 prompts, dealt to 5 choices among three groups of four pieces."""
+    """``Intervention(prompts=30, prompt_tokens=64, trials=5)``: 30 prompts of 64 tokens, dealt to 5 choices among three
+    groups of six pieces. ``prompt_tokens=None``: the latent's silent windows of the split score, of their width."""
 
     name: ClassVar[str] = "intervention"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"lm", "sae", "client:generate"})
     metrics: ClassVar[tuple[str, ...]] = ("surprisal_gain", "choice_likelihood", "choice")
 
     def __init__(
-        self, *, prompts: int = 20, trials: int = 5, new_tokens: int = 8, target_nats: float = 0.5,
-        max_latents: int | None = None, selected_only: bool = True,
+        self, *, prompts: int = 30, prompt_tokens: int | None = 64, trials: int = 5, new_tokens: int = 8,
+        target_nats: float = 0.5, max_latents: int | None = None, selected_only: bool = True,
     ) -> None:  # fmt: skip
         """``max_latents`` and ``selected_only``: see :func:`autointerp.pipeline.jobs_for`; steering is dear."""
         require(prompts >= MIN_PROMPTS and 1 <= trials <= prompts, f"bad sizes: {prompts} prompts, {trials} trials")
         require(new_tokens >= 1 and target_nats > 0, "new_tokens and target_nats must be positive")
-        self.prompts, self.trials, self.new_tokens, self.target_nats = prompts, trials, new_tokens, target_nats
+        require(prompt_tokens is None or prompt_tokens >= 1, f"prompt_tokens must be positive, got {prompt_tokens}")
+        self.prompts, self.prompt_tokens, self.trials = prompts, prompt_tokens, trials
+        self.new_tokens, self.target_nats = new_tokens, target_nats
         self.max_latents, self.selected_only = max_latents, selected_only
         by_logprob, by_json = load_prompt("intervention_logprob"), load_prompt("intervention_json")
         self.choosing = NumberedChoice(by_logprob, by_json, "group", N_SETS)
@@ -81,7 +84,7 @@ class Intervention:
         asked = [(j, p) for j, p in zip(jobs, found, strict=True) if isinstance(p, Pieces) and j.explanation.text]
         likely = _likelihoods(asked, client) if client.capabilities.continuation else None
         chosen = iter(self._choices(asked, ctx, client))
-        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": client.identity.model}
+        identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": self.choosing.name(client)}
         results = []
         for job, pieces in zip(jobs, found, strict=True):
             if pieces is None:
@@ -103,11 +106,27 @@ class Intervention:
         silent = sorted((e for e in job.exemplars if e.kind == "silent"), key=lambda e: e.exemplar_id)
         if job.sae_id in STAND_INS:
             return _stand_ins(job, silent, Decoder(ctx.tokenizer))
-        width = max((len(e.token_ids) for e in silent), default=0)
-        prompts = [e for e in silent if len(e.token_ids) == width][: self.prompts]
+        if self.prompt_tokens is None:
+            width = max((len(e.token_ids) for e in silent), default=0)
+            drawn = any_of([e for e in silent if len(e.token_ids) == width], self.prompts)
+            prompts = sorted(drawn, key=lambda e: e.exemplar_id)
+        else:
+            width, prompts = self.prompt_tokens, self._long(job, self.prompt_tokens, ctx)
         if len(prompts) < MIN_PROMPTS:
-            return Failure(code="too_few_rows", stage="score", detail=f"{len(prompts)} silent windows of full width")
+            detail = f"{len(prompts)} silent texts of {width} tokens, {MIN_PROMPTS} are the least"
+            return Failure(code="too_few_rows", stage="score", detail=detail)
         return self._steered(job, prompts, ctx)
+
+    def _long(self, job: ScoreJob, tokens: int, ctx: ScoreContext) -> list[Exemplar]:
+        """Texts of more tokens than a window has; they are in the latent cache."""
+        from autointerp.silent_prompts import silent_prompts
+
+        if job.cache is None:
+            raise ConfigError(
+                f"'intervention' takes its prompts of {tokens} tokens from the latent cache, and this job names none; "
+                "use prompt_tokens=None for its silent windows"
+            )
+        return silent_prompts(job.cache, job.latent, self.prompts, tokens, ctx.seed)
 
     def _steered(self, job: ScoreJob, prompts: Sequence[Exemplar], ctx: ScoreContext) -> Pieces | Failure:
         from autointerp.steering import Steering

@@ -93,6 +93,7 @@ def score(tiny_lm, sae, jobs, answer=oracle, *, capabilities=None, nats: float =
         client=CachedClient(backend), lm=tiny_lm, sae=sae, hookpoint=HOOKPOINT, tokenizer=TOKENIZER,
         latents=tuple(range(sae.d_sae)),
     )  # fmt: skip
+    options = {"prompts": 20, "prompt_tokens": None} | options
     return Intervention(target_nats=nats, **options).score_many(jobs, ctx), backend
 
 
@@ -243,7 +244,7 @@ def test_what_cannot_be_scored_is_null_with_its_reason_and_costs_nothing(tiny_lm
     assert {(s.value, s.null_reason) for s in two.scores} == {(None, "too_few_rows")} and not backend.sent
     [three], backend = score(tiny_lm, planted, [job(planted)], prompts=20, new_tokens=1)
     assert three.items
-    stiff = Intervention(target_nats=1e4).score_many(
+    stiff = Intervention(prompt_tokens=None, target_nats=1e4).score_many(
         [job(planted)],
         ScoreContext(client=CachedClient(ScriptedClient(oracle)), lm=tiny_lm, sae=planted, hookpoint=HOOKPOINT,
                      tokenizer=TOKENIZER),
