@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autointerp import negatives
 from autointerp.config import ExemplarConfig
+from autointerp.documents import assert_disjoint
 from autointerp.n2g import Pair
 from autointerp.records import EXPLAIN, SCORE, Exemplar
 from autointerp.windows import Runs, Windows, find_runs, peak_placed, run_bounds
@@ -76,8 +77,8 @@ def read_texts(cache: "LatentCache") -> tuple[dict[str, SplitText], Counter[str]
 
     A window whose tokens recur from an earlier split is taken out of the later population; the counter says how many.
     """
+    assert_disjoint({split: cache.tokens(split) for split in cache.splits})
     texts: dict[str, SplitText] = {}
-    seen_docs: dict[str, str] = {}
     seen_windows: set[bytes] = set()
     dropped: Counter[str] = Counter()
     for split in cache.splits:
@@ -85,13 +86,6 @@ def read_texts(cache: "LatentCache") -> tuple[dict[str, SplitText], Counter[str]
         keep, doc_of = cache.keep(split), cache.doc_of(split)
         tokens_N = np.asarray(tokens.tokens_BL).reshape(-1)
         doc_ids = document_ids(tokens_N, doc_of, keep, tokens.n_docs)
-        for doc in np.unique(windows.doc).tolist():
-            earlier = seen_docs.setdefault(doc_ids[doc], split)
-            if earlier != split:
-                raise LeakError(
-                    f"document {doc_ids[doc]} ({tokens.sources[doc]}) is in the splits {earlier} and {split}; "
-                    "build the tokens again with splits by document"
-                )
         contents = window_contents(tokens_N, windows)
         allowed = np.array([c not in seen_windows for c in contents], dtype=bool)
         dropped[split] = int((~allowed).sum())
@@ -207,6 +201,10 @@ class LatentDraw:
                     taken += 1
         picked = np.array(sorted(chosen), dtype=np.int64)
         return self._placed("quantile", peaks.flat[picked], groups[picked])
+
+    def n_positive(self, forbidden: set[int]) -> int:
+        """Positive windows that may be drawn."""
+        return int(self._allowed_peaks(forbidden)[0].window.size)
 
     def _allowed_peaks(self, forbidden: set[int] | None = None) -> tuple[WindowPeaks, Ints]:
         fine = self.text.allowed[self.peaks.window]

@@ -129,8 +129,13 @@ def _ineligible(cache: LatentCache, latent: int, cfg: ExemplarConfig) -> dict[st
         f"{split} {int(stats[f'n_windows_{split}'])} of {least}"
         for split, least in zip(INTERP_SPLITS, cfg.min_windows, strict=True)
     )
-    code = "dead" if dead else "too_few_positive"
-    failure = Failure(code=code, stage="exemplars", detail=f"positive windows: {found}")
+    if broken := int(stats.get("n_non_finite", 0)):
+        return _missing("non_finite", f"{broken} activations are NaN or infinite")
+    return _missing("dead" if dead else "too_few_positive", f"positive windows: {found}")
+
+
+def _missing(code: str, detail: str) -> dict[str, str]:
+    failure = Failure(code=code, stage="exemplars", detail=detail)
     return {"code": failure.code, "stage": failure.stage, "detail": failure.detail}
 
 
@@ -150,6 +155,10 @@ def _draw(
         text = texts[split]
         draw = LatentDraw(cache, text, latent, cfg)
         forbidden = {w for content in shown for w in text.by_content.get(content, ())}
+        least, left = cfg.min_windows[INTERP_SPLITS.index(split)], draw.n_positive(forbidden)
+        if left < least:  # windows that recur from an earlier split do not count
+            detail = f"{left} of {least} positive windows on split {split} once repeated ones are left out"
+            return [], [_missing("too_few_positive", detail)]
         silent = draw.silent(near, forbidden)
         if split == EXPLAIN:
             hard = {"same_token": cfg.explain_silent}
@@ -171,8 +180,7 @@ def _draw(
                 found += draw.draw_nearest(silent, "embedding_near", order, cfg.score_embedding_near, found)
         kinds = {e.kind for e in found}
         for kind in (k for k, n in hard.items() if n > 0 and k not in kinds):
-            failure = Failure(code="no_hard_negative", stage="exemplars", detail=f"{kind} on split {split}")
-            missing.append({"code": failure.code, "stage": failure.stage, "detail": failure.detail})
+            missing.append(_missing("no_hard_negative", f"{kind} on split {split}"))
         shown |= {_content(e) for e in found}
         rows += found
     return rows, missing

@@ -7,6 +7,7 @@ are never encoded: they are neither positive nor negative evidence. Several SAEs
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 
 from autointerp import latent_sort, latent_stats, neighbours
 from autointerp.config import ExemplarConfig
-from autointerp.latent_sort import EntrySorter, split_files
+from autointerp.documents import assert_disjoint
+from autointerp.latent_sort import BUFFER_ENTRIES, EntrySorter, split_files
 from autointerp.records import EXPLAIN, INTERP_SPLITS
 from autointerp.windows import Windows, grid_windows
 from sae.console import progress
@@ -34,7 +36,12 @@ if TYPE_CHECKING:
 KIND, STAGE_VERSION = "latents", 1
 BLOCK_TOKENS = 4096
 EAGER_NEIGHBOURS_D_SAE = 16_384
-"""Up to this many latents all decoder neighbours are computed when the cache is made (F^2 D work, seconds)."""
+"""Up to this many latents all have decoder neighbours; of a wider SAE those that fire do (F^2 D work)."""
+MAX_DISK_GB = 50.0
+ENTRY_BYTES, SPILT_BYTES = 6, 8
+MIN_BUFFER_ENTRIES = 1 << 20
+"""Of one of many SAEs; together they share :data:`autointerp.latent_sort.BUFFER_ENTRIES`."""
+UNKNOWN = "unknown"
 
 
 class Entries(NamedTuple):
@@ -100,34 +107,67 @@ def build_latents_many(
     min_window_tokens: int = 8,
     allow_train_tokens: bool = False,
     block_tokens: int = BLOCK_TOKENS,
+    max_disk_gb: float = MAX_DISK_GB,
     force: bool = False,
 ) -> list["LatentCache"]:
     """Caches of several SAEs of one hookpoint; each block of activations is read once for all of them.
 
     ``stores`` maps explain, calibrate, score to their activations. Writes ``latents/<key>/`` per SAE and skips those
-    that are complete. Raises :class:`LeakError` for an SAE trained on these tokens, :class:`ConfigError` for widths
-    that do not fit.
+    that are complete. Raises :class:`LeakError` for an SAE trained on these tokens or a document in two splits,
+    :class:`ConfigError` for widths that do not fit, and where the first block says that all of it would take more than
+    ``max_disk_gb`` (10^9 bytes), or more than there is.
     """
     _check_stores(saes, stores, allow_train_tokens)
-    config = {"window_tokens": window_tokens, "min_window_tokens": min_window_tokens}
+    windows = {"window_tokens": window_tokens, "min_window_tokens": min_window_tokens}
     folders, pending = [], []
     for sae in saes:
+        # Narrow SAEs keep the keys that they had before wide ones had neighbours.
+        config = windows | ({"neighbours": "alive"} if sae.d_sae > EAGER_NEIGHBOURS_D_SAE else {})
         inputs = {"sae": sae_hash(sae)} | {f"activations.{s}": store.key for s, store in sorted(stores.items())}
         key = key_of(KIND, STAGE_VERSION, config, inputs)
         folders.append(artefact_dir(root, KIND, key))
         if force or not is_complete(folders[-1]):
-            pending.append((sae, folders[-1], key, inputs))
+            pending.append((sae, folders[-1], key, config, inputs))
     if pending:
+        assert_disjoint({split: store.tokens for split, store in stores.items()})
+        wanted = list({str(p[1]): p for p in pending}.values())
         with ExitStack() as stack:
             builders = []
-            for sae, folder, key, inputs in {str(p[1]): p for p in pending}.values():
+            for sae, folder, key, config, inputs in wanted:
                 stage = writing(folder, kind=KIND, key=key, stage_version=STAGE_VERSION, config=config, inputs=inputs)
-                builders.append(_Builder(sae, stack.enter_context(stage), folder, config))
-            _encode(builders, stores, block_tokens)
+                out = stack.enter_context(stage)
+                builders.append(_Builder(sae, out, folder, windows, buffer_entries=BUFFER_ENTRIES // len(wanted)))
+            _encode(builders, stores, block_tokens, _DiskLimit(root, stores, max_disk_gb))
     return [LatentCache.open(folder) for folder in folders]
 
 
-def _encode(builders: Sequence["_Builder"], stores: Mapping[str, "ActivationStore"], block_tokens: int) -> None:
+class _DiskLimit:
+    """Says after the first block how much disk all blocks will take."""
+
+    def __init__(self, root: Path, stores: Mapping[str, "ActivationStore"], max_gb: float) -> None:
+        sizes = [store.n_kept for store in stores.values()]
+        self.root, self.max_gb, self.checked = root, max_gb, False
+        # Runs of one split at a time lie beside what is final.
+        self.bytes_per_rate = ENTRY_BYTES * sum(sizes) + SPILT_BYTES * max(sizes)
+
+    def check(self, n_entries: int, n_tokens: int) -> None:
+        """``n_entries`` of all SAEs on ``n_tokens``; :class:`ConfigError` where this rate leads over the limit."""
+        if self.checked:
+            return
+        self.checked = True
+        needed = n_entries / n_tokens * self.bytes_per_rate
+        free = shutil.disk_usage(self.root).free
+        if needed > min(self.max_gb * 1e9, free):
+            raise ConfigError(
+                f"the latents of this text would take about {needed / 1e9:.1f} GB of disk ({n_entries / n_tokens:.0f} "
+                f"activations a token); {self.max_gb:g} GB are allowed and {free / 1e9:.1f} free: take fewer SAEs at "
+                "a time or fewer tokens, or allow more (max_disk_gb)"
+            )
+
+
+def _encode(
+    builders: Sequence["_Builder"], stores: Mapping[str, "ActivationStore"], block_tokens: int, disk: _DiskLimit
+) -> None:
     splits = [s for s in INTERP_SPLITS if s in stores]
     total = sum(stores[s].n_kept for s in splits)
     with progress("Latent cache", total=total, unit="tokens") as bar:
@@ -139,11 +179,11 @@ def _encode(builders: Sequence["_Builder"], stores: Mapping[str, "ActivationStor
             for low in range(0, kept.size, block_tokens):
                 flat = kept[low : low + block_tokens]
                 x_ND = store.read(flat)
-                for builder in builders:
-                    builder.add(x_ND, flat)
+                disk.check(sum(builder.add(x_ND, flat) for builder in builders), flat.size)
                 bar.advance(flat.size)
+            text = builders[0].text_of(store)
             for builder in builders:
-                builder.end(split, store)
+                builder.end(split, store, text)
     for builder in builders:
         builder.finish()
 
@@ -151,31 +191,44 @@ def _encode(builders: Sequence["_Builder"], stores: Mapping[str, "ActivationStor
 class _Builder:
     """One SAE's cache in the making."""
 
-    def __init__(self, sae: "SAE", writer: Writer, folder: Path, config: dict[str, int]) -> None:
-        self.sae, self.writer, self.folder, self.config = sae, writer, folder, config
+    def __init__(
+        self, sae: "SAE", writer: Writer, folder: Path, windows: dict[str, int], *, buffer_entries: int
+    ) -> None:
+        self.sae, self.writer, self.folder, self.windows = sae, writer, folder, windows
+        self.buffer_entries = max(buffer_entries, MIN_BUFFER_ENTRIES)
         self.stats: dict[str, latent_stats.SplitStats] = {}
-        self.description: dict[str, Any] = {"sae_id": sae.sae_id, "d_sae": sae.d_sae, "splits": {}, **config}
+        self.non_finite_F = np.zeros(sae.d_sae, dtype=np.int64)
+        trained_on = sae.cfg.meta.tokens_key if sae.cfg.meta is not None else ""
+        self.description: dict[str, Any] = {
+            "sae_id": sae.sae_id, "d_sae": sae.d_sae, "splits": {}, "trained_on": trained_on or UNKNOWN, **windows,
+        }  # fmt: skip
 
     def begin(self, split: str) -> None:
-        self.sorter = EntrySorter(self.writer.path / f"scratch_{split}", self.sae.d_sae)
+        scratch = self.writer.path / f"scratch_{split}"
+        self.sorter = EntrySorter(scratch, self.sae.d_sae, buffer_entries=self.buffer_entries)
 
-    def add(self, x_ND: Any, flat_n: NDArray[np.int64]) -> None:
+    def add(self, x_ND: Any, flat_n: NDArray[np.int64]) -> int:
+        """Entries of the next tokens; returns how many."""
         import torch
 
         with torch.no_grad():
             values_NK, indices_NK = self.sae.encode_sparse(x_ND.to(self.sae.W_enc_DF.device))
-        values = values_NK.float().cpu().numpy()
-        token, slot = np.nonzero(values > 0)
-        self.sorter.add(flat_n[token], indices_NK.cpu().numpy()[token, slot], values[token, slot])
+        values, indices = values_NK.float().cpu().numpy(), indices_NK.cpu().numpy()
+        finite = np.isfinite(values)
+        if not finite.all():
+            self.non_finite_F += np.bincount(indices[~finite].astype(np.int64), minlength=self.sae.d_sae)
+        token, slot = np.nonzero(finite & (values > 0))
+        self.sorter.add(flat_n[token], indices[token, slot], values[token, slot])
+        return int(token.size)
 
-    def end(self, split: str, store: "ActivationStore") -> None:
-        keep = np.asarray(store.keep_N, dtype=bool)
-        doc = np.asarray(store.doc_of_N)
-        tokens = store.tokens
-        windows = grid_windows(keep, doc, tokens.L, **self.config)
-        stats = latent_stats.SplitStats(
-            self.sae.d_sae, np.asarray(tokens.tokens_BL).reshape(-1), keep, doc, windows, shapes=split == EXPLAIN
-        )
+    def text_of(self, store: "ActivationStore") -> latent_stats.SplitText:
+        """The same for all SAEs."""
+        keep, doc, tokens = np.asarray(store.keep_N, dtype=bool), np.asarray(store.doc_of_N), store.tokens
+        windows = grid_windows(keep, doc, tokens.L, **self.windows)
+        return latent_stats.SplitText(tokens.tokens_BL, keep, doc, tokens.n_docs, windows)
+
+    def end(self, split: str, store: "ActivationStore", text: latent_stats.SplitText) -> None:
+        stats = latent_stats.SplitStats(self.sae.d_sae, text, shapes=split == EXPLAIN)
         files = split_files(self.writer.path, split)
         # Plain appends behind a header written for the known size: no second copy in memory, no sparse file.
         n = int(self.sorter.counts_F.sum()) + self.sorter.buffered
@@ -190,23 +243,29 @@ class _Builder:
             low = high
         flat.flush()
         value.flush()
+        stats.done()
         np.save(files.ptr, np.concatenate([[0], np.cumsum(stats.n_active)]).astype(np.uint64))
         np.save(files.scale, stats.max_act)
-        np.save(files.keep, keep)
+        np.save(files.keep, text.keep_N)
         self.sorter.close()
         self.stats[split] = stats
-        where = os.path.relpath(tokens.folder, self.folder)
-        self.description["splits"][split] = {"tokens": where, "tokens_key": tokens.key, "n_windows": len(windows)}
-        self.writer.counts[split] = {"n_kept": stats.n_kept, "n_entries": n, "n_windows": len(windows)}
+        where, n_windows = os.path.relpath(store.tokens.folder, self.folder), stats.n_all_windows
+        self.description["splits"][split] = {"tokens": where, "tokens_key": store.tokens.key, "n_windows": n_windows}
+        self.writer.counts[split] = {"n_kept": stats.n_kept, "n_entries": n, "n_windows": n_windows}
 
     def finish(self) -> None:
         table = latent_stats.frame(self.stats)
         decoder = self.sae.W_dec_FD.detach().float()
         table["decoder_norm"] = decoder.norm(dim=1).cpu().numpy()
         table["encoder_norm"] = self.sae.W_enc_DF.detach().float().norm(dim=0).cpu().numpy()
-        if self.sae.d_sae <= EAGER_NEIGHBOURS_D_SAE:
-            near, cosine = neighbours.nearest_decoders(self.sae, np.arange(self.sae.d_sae))
-            table["nearest"], table["nearest_cosine"] = near.tolist(), cosine.tolist()
+        if self.non_finite_F.any():
+            table["n_non_finite"] = self.non_finite_F
+        every = self.sae.d_sae <= EAGER_NEIGHBOURS_D_SAE
+        whose = np.arange(self.sae.d_sae) if every else np.flatnonzero(table["n_active"] > 0)
+        near, cosine = neighbours.nearest_decoders(self.sae, whose)
+        found = dict(zip(whose.tolist(), zip(near.tolist(), cosine.tolist(), strict=True), strict=True))
+        nearest = [found.get(i, ([], [])) for i in range(self.sae.d_sae)]
+        table["nearest"], table["nearest_cosine"] = [ids for ids, _ in nearest], [values for _, values in nearest]
         table.to_parquet(self.writer.path / "latents.parquet", compression="zstd")
         text = json.dumps(self.description, indent=1, sort_keys=True)
         (self.writer.path / "cache.json").write_text(text + "\n", encoding="utf-8")
@@ -296,15 +355,18 @@ class LatentCache:
         return self.windows(split).containing(self.entries(latent, split).flat_n)
 
     def eligible(self, cfg: ExemplarConfig | None = None) -> NDArray[np.int64]:
-        """Latents with enough positive windows in every split (``cfg.min_windows``), ascending."""
+        """Latents with enough positive windows in every split (``cfg.min_windows``) and no activation that is NaN or
+        infinite, ascending."""
         wanted = dict(zip(INTERP_SPLITS, (cfg or ExemplarConfig()).min_windows, strict=True))
         enough = np.ones(self.d_sae, dtype=bool)
         for split in self.splits:
             enough &= self.stats[f"n_windows_{split}"].to_numpy() >= wanted[split]
+        if "n_non_finite" in self.stats:
+            enough &= self.stats["n_non_finite"].to_numpy() == 0
         return np.flatnonzero(enough)
 
     def nearest(self, latent: int) -> list[int]:
-        """Latents with the nearest decoder directions; empty where F was too large for :mod:`autointerp.neighbours`."""
+        """Latents with the nearest decoder directions; empty for a latent of a wide SAE that never fires."""
         return [int(i) for i in self.stats["nearest"].iloc[latent]] if "nearest" in self.stats else []
 
     @cached_property

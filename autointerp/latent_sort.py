@@ -56,7 +56,7 @@ class EntrySorter:
         self._buffer: list[tuple[NDArray[np.uint32], NDArray[np.unsignedinteger], NDArray[np.float32]]] = []
         self.buffered = 0
         """Entries not sorted yet."""
-        self._runs: list[Run] = []
+        self._runs: list[Run | Path] = []  # a spilt one by its path: as many open files as runs would be too many
         self.counts_F = np.zeros(d_sae, dtype=np.int64)
 
     def add(self, flat: NDArray[np.integer], latent: NDArray[np.integer], value: NDArray[np.float32]) -> None:
@@ -83,11 +83,9 @@ class EntrySorter:
     def _spill(self, run: Run) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
         stem = self.scratch / f"run{len(self._runs)}"
-        np.save(f"{stem}.flat.npy", run.flat)
-        np.save(f"{stem}.value.npy", run.value)
-        flat = np.load(f"{stem}.flat.npy", mmap_mode="r")
-        value = np.load(f"{stem}.value.npy", mmap_mode="r")
-        self._runs.append(Run(run.ptr, flat, value))
+        for name, array in run._asdict().items():
+            np.save(f"{stem}.{name}.npy", array)
+        self._runs.append(stem)
 
     def chunks(self, chunk_entries: int = CHUNK_ENTRIES) -> Iterator[Chunk]:
         """Everything that was added, in latent order; called once, after the last :meth:`add`."""
@@ -105,7 +103,8 @@ class EntrySorter:
         flat = np.empty(int(ptr[-1]), dtype=np.uint32)
         value = np.empty(int(ptr[-1]), dtype=np.float32)
         filled = ptr[:-1].copy()
-        for run in self._runs:
+        for one in self._runs:
+            run = one if isinstance(one, Run) else _opened(one)
             low, high = int(run.ptr[first]), int(run.ptr[end])
             counts = np.diff(run.ptr[first : end + 1])
             target = expand(filled, counts)
@@ -121,6 +120,10 @@ class EntrySorter:
             file.unlink()
         if self.scratch.is_dir():
             self.scratch.rmdir()
+
+
+def _opened(stem: Path) -> Run:
+    return Run(*(np.load(f"{stem}.{name}.npy", mmap_mode="r") for name in Run._fields))
 
 
 class SplitFiles(NamedTuple):

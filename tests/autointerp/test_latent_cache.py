@@ -1,7 +1,6 @@
 """The latent cache against a dense encode, its statistics against loops, its neighbours against F x F matrices."""
 
 import json
-import resource
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from held_out import L, documents, pack, random_sae, store, stores
 from autointerp.config import ExemplarConfig
 from autointerp.latent_cache import LatentCache, build_latents, build_latents_many, sae_hash, sample_latents
 from autointerp.latent_sort import EntrySorter, from_half, to_half
-from autointerp.neighbours import most_overlapping, nearest_decoders
+from autointerp.neighbours import nearest_decoders
 from autointerp.windows import expand, find_runs, grid_windows, peak_placed
 from sae.activations import ActivationStore
 from sae.errors import ArtefactError, ConfigError, LeakError
@@ -305,18 +304,6 @@ def test_neighbours_equal_dense_references(built):
     for latent in range(sae.d_sae):
         best = sorted((i for i in range(sae.d_sae) if jaccard[latent, i] > 0), key=lambda i: (-jaccard[latent, i], i))
         np.testing.assert_allclose(jaccard[latent, found[latent]], jaccard[latent, best[:10]], atol=1e-6)
-
-
-def test_neighbours_need_no_square_matrix():
-    """At F = 16,384 a dense F x F float32 matrix would be 1.07 GB."""
-    sae = random_sae(d_sae=16_384, d_in=4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    near, _ = nearest_decoders(sae, np.arange(0, 16_384, 16))
-    from scipy.sparse import random_array
-
-    most_overlapping(random_array((16_384, 200), density=0.01, format="csr", rng=np.random.default_rng(0)), range(100))
-    assert near.shape == (1024, 10)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
 def test_sample_is_uniform_over_the_eligible(built):
