@@ -4,12 +4,11 @@ What is built is kept for the run, so that two evaluations that ask for one late
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 from evals.explained import read_explanations
-from sae.manifest import rng
+from sae.manifest import canonical_json, rng, sha256_text
 
 if TYPE_CHECKING:
     from autointerp.latent_cache import LatentCache
@@ -32,15 +31,6 @@ class Patterns(NamedTuple):
     failures: dict[int, str]
 
 
-@dataclass
-class _Known:
-    """All patterns of one subject that this run has read or built."""
-
-    told: Patterns
-    n_pairs: int
-    built: Patterns = field(default_factory=lambda: Patterns({}, {}))
-
-
 def latent_cache(ctx: "EvalContext") -> "LatentCache":
     """The latent cache of the context; it is a fault of the caller's `needs` if there is none."""
     if ctx.latents is None:
@@ -48,39 +38,60 @@ def latent_cache(ctx: "EvalContext") -> "LatentCache":
     return ctx.latents
 
 
-def _known(ctx: "EvalContext") -> _Known:
-    cache = latent_cache(ctx)
-
-    def read() -> _Known:
-        from autointerp.n2g_patterns import PatternSet
-
-        mine = []
-        if ctx.scores is not None:
-            mine = [e for e in read_explanations(ctx.scores) if e.explainer == "n2g"]
-        found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
-        failures = {e.latent: e.failure.code for e in mine if e.failure is not None}
-        return _Known(Patterns(found, failures), max((len(e.exemplar_ids) for e in mine), default=PAIRS))
-
-    known: _Known = ctx.memo(f"patterns.{cache.key}.{ctx.scores}.{ctx.hookpoint}.{ctx.seed}", read)
-    return known
-
-
-def explained(ctx: "EvalContext") -> Patterns:
-    """Those of the explanations by N2G that were scored; empty where there are none."""
-    return _known(ctx).told
+def read_patterns(ctx: "EvalContext") -> Patterns:
+    """Patterns by latent, and failure codes of the others: of the explanations that were scored, where there are any,
+    and, if those are fewer than the preset asks for, of the first latents of the draw that they began."""
+    found: Patterns = ctx.memo(_memo_key(ctx, LATENTS[ctx.preset]), lambda: _read(ctx))
+    return found
 
 
 def patterns_of(ctx: "EvalContext", latents: Iterable[int]) -> Patterns:
-    """Patterns of ``latents``: those of the explanations, the others built now, from as many activations each."""
-    known, wanted = _known(ctx), sorted({int(i) for i in latents})
-    done = [*known.told, *known.built]
-    missing = [i for i in wanted if not any(i in part for part in done)]
-    for start in range(0, len(missing), BUILT_AT_ONCE):
-        more = _build(ctx, missing[start : start + BUILT_AT_ONCE], known.n_pairs)
-        known.built.found.update(more.found)
-        known.built.failures.update(more.failures)
-    found, failures = known.told.found | known.built.found, known.told.failures | known.built.failures
-    return Patterns({i: found[i] for i in wanted if i in found}, {i: failures[i] for i in wanted if i in failures})
+    """Patterns of ``latents``: those that :func:`read_patterns` has, the others built now from as many activations.
+
+    What is built together does not depend on what this run has built before: the size of a batch moves last bits.
+    """
+    wanted = sorted({int(i) for i in latents})
+    parts = [read_patterns(ctx)]
+    rest = [i for i in wanted if i not in parts[0].found and i not in parts[0].failures]
+    n_pairs = _explained(ctx)[1]
+    for start in range(0, len(rest), BUILT_AT_ONCE):
+        group = rest[start : start + BUILT_AT_ONCE]
+        parts.append(ctx.memo(_memo_key(ctx, *group), lambda group=group: _build(ctx, group, n_pairs)))
+    found = {i: p.found[i] for p in parts for i in wanted if i in p.found}
+    failures = {i: p.failures[i] for p in parts for i in wanted if i in p.failures}
+    return Patterns(found, failures)
+
+
+def _memo_key(ctx: "EvalContext", *group: int) -> str:
+    digest = sha256_text(canonical_json(group))[:16]
+    return f"patterns.{latent_cache(ctx).key}.{ctx.scores}.{ctx.hookpoint}.{ctx.seed}.{digest}"
+
+
+def _explained(ctx: "EvalContext") -> tuple[Patterns, int]:
+    """Of the scored explanations by N2G; and from how many activations each was built."""
+    from autointerp.n2g_patterns import PatternSet
+
+    mine = []
+    if ctx.scores is not None:
+        mine = [e for e in read_explanations(ctx.scores) if e.explainer == "n2g"]
+    found = {e.latent: PatternSet.load(e.pattern) for e in mine if e.pattern is not None}
+    failures = {e.latent: e.failure.code for e in mine if e.failure is not None}
+    return Patterns(found, failures), max((len(e.exemplar_ids) for e in mine), default=PAIRS)
+
+
+def _read(ctx: "EvalContext") -> Patterns:
+    from autointerp.latent_cache import sample_latents
+
+    told, n_pairs = _explained(ctx)
+    known = told.found.keys() | told.failures.keys()
+    if len(known) >= LATENTS[ctx.preset]:
+        return told
+    drawn = sample_latents(latent_cache(ctx), LATENTS[ctx.preset], ctx.seed).latents.tolist()
+    missing = [i for i in drawn if i not in known]
+    if not missing:  # no more are eligible
+        return told
+    built = _build(ctx, missing, n_pairs)
+    return Patterns(told.found | built.found, told.failures | built.failures)
 
 
 def _build(ctx: "EvalContext", latents: list[int], n_pairs: int) -> Patterns:

@@ -15,7 +15,7 @@ import numpy as np
 from evals import n2g_scores, uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.n2g_scores import Confusion, Firing
-from evals.patterns import LATENTS, PAIRS, Patterns, explained, latent_cache, patterns_of
+from evals.patterns import LATENTS, PAIRS, latent_cache, read_patterns
 from evals.results import Estimate, Metric
 from sae.console import track
 from sae.manifest import content_of, rng
@@ -114,18 +114,6 @@ class N2G:
             "n_tokens": int(np.asarray(cache.keep("score")).sum()),
         }
         return EvalResult(rows=rows.rows, details=details, counts=counts)
-
-
-def read_patterns(ctx: EvalContext) -> "Patterns":
-    """Patterns by latent, and failure codes of the others: of the explanations that were scored, where there are any,
-    and, if those are fewer than the preset asks for, of the first latents of the draw that they began."""
-    from autointerp.latent_cache import sample_latents
-
-    told = explained(ctx)
-    latents = told.found.keys() | told.failures.keys()
-    if len(latents) < LATENTS[ctx.preset]:
-        latents |= set(sample_latents(latent_cache(ctx), LATENTS[ctx.preset], ctx.seed).latents.tolist())
-    return patterns_of(ctx, latents)
 
 
 def latent_rows(cache: "LatentCache", patterns: "Mapping[int, PatternSet]", seed: int) -> list[dict[str, Any]]:
