@@ -125,6 +125,24 @@ HEADLINE = (
         description="Share of the latent's activations on which its pattern fires.",
     ),
     ColumnSpec(
+        key="n2g_loss_recovered",
+        title="Loss recovered by patterns",
+        eval="n2g_loss",
+        metric="loss_recovered_subset",
+        better="higher",
+        description="Share of the loss of taking sampled latents out that their n-gram patterns save, while all others "
+        "are true; 1 = as good as the true activations.",
+    ),
+    ColumnSpec(
+        key="n2g_delta_ce",
+        title="ΔCE by patterns",
+        eval="n2g_loss",
+        metric="delta_ce",
+        better="lower",
+        unit="nats/token",
+        description="Rise of next-token loss when all alive latents are simulated by their n-gram patterns.",
+    ),
+    ColumnSpec(
         key="gain_vs_random",
         title="Ablation gain",
         eval="ablation_sparsity",

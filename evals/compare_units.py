@@ -60,9 +60,11 @@ class Measured:
 
 @cache
 def is_per_latent(evaluation: str) -> bool:
-    """Does this evaluation resample latents? True of those that read explained latents or other seeds."""
+    """Does this evaluation resample latents? True of those that read explained latents or other seeds, unless they say
+    that their ``units`` are others."""
     try:
-        return bool(plugins.find("evals.suite", evaluation).needs & {"interp", "scores", "peers"})
+        found = plugins.find("evals.suite", evaluation)
+        return bool(found.needs & {"interp", "scores", "peers"}) and getattr(found, "units", "latents") == "latents"
     except UnknownPlugin:  # rows of an outside plug-in: only its own sums could say
         return False
 

@@ -404,6 +404,12 @@ def test_the_subset_holds_each_density_alike(n: int, expected: int) -> None:
     assert n > 137 or chosen != patterns.stratified_latents(Cache(), n, 1)
 
 
+def test_documents_pair_where_latents_do_not() -> None:
+    from evals.compare_units import is_per_latent
+
+    assert not is_per_latent("n2g_loss") and is_per_latent("n2g")
+
+
 def test_where_it_runs() -> None:
     from evals.study import every_evaluation
 
