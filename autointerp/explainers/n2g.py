@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from autointerp.interfaces import ExplainContext
-from autointerp.n2g import BuildResult, Pair, build_many, pad_token
+from autointerp.n2g import MAX_SUFFIX, BuildResult, Matcher, Pair, build_many, pad_token
 from autointerp.records import Explanation, LatentView
 from sae.manifest import sha256_text
 
@@ -18,6 +18,9 @@ class N2G:
     name: ClassVar[str] = "n2g"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"last_acts"})
+    matcher: ClassVar[Matcher] = "longest"
+    """How patterns are built and matched; a subclass may choose the other one."""
+    max_suffix: ClassVar[int | None] = MAX_SUFFIX
 
     def explain_many(self, views: list[LatentView], ctx: ExplainContext) -> list[list[Explanation]]:
         """One explanation per view; ``n2g_unreproducible``, ``n2g_degenerate`` or ``too_few_positive`` where no pattern
@@ -26,9 +29,11 @@ class N2G:
 
         assert ctx.last_acts is not None
         pairs = {view.latent: pairs_of(view) for view in views}
+        # The released recipe puts nothing in front of its probes.
+        prefix = () if self.matcher == "released" else (prefix_id(ctx.tokenizer),)
         results = build_many(
-            pairs, ctx.last_acts, pad_id=pad_token(ctx.tokenizer), prefix=(prefix_id(ctx.tokenizer),),
-            tokenizer_hash=tokenizer_hash(ctx.tokenizer),
+            pairs, ctx.last_acts, pad_id=pad_token(ctx.tokenizer), prefix=prefix, matcher=self.matcher,
+            max_suffix=self.max_suffix, tokenizer_hash=tokenizer_hash(ctx.tokenizer),
         )
         return [[self._explanation(view, results[view.latent], ctx.tokenizer.decode)] for view in views]
 

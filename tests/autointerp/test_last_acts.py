@@ -6,8 +6,10 @@ import torch
 from held_out import random_sae
 
 from autointerp.explainers.n2g import N2G, pairs_of
+from autointerp.explainers.n2g_released import ReleasedN2G
 from autointerp.interfaces import ExplainContext, ScoreContext
 from autointerp.last_acts import _batches, make_last_acts
+from autointerp.n2g import build_many
 from autointerp.n2g_patterns import Pattern, PatternSet, TokenIndex, predict
 from autointerp.records import ActivationScale, Exemplar, Explanation, Failure, LatentView
 from autointerp.simulators.pattern import PatternSimulator
@@ -120,6 +122,30 @@ def test_explainer_finds_patterns_that_fire_where_they_came_from(tiny_lm, sae, h
     assert n_free >= 3
     backwards = [e for (e,) in N2G().explain_many(asked[::-1], ctx)]
     assert backwards[::-1] == found[:-1]
+
+
+def test_the_released_recipe_is_an_explainer_too(tiny_lm, sae, hookpoint):
+    """The same activations: nothing in front of the probes, suffixes of any length, whole documents kept."""
+    asked = views(tiny_lm, sae, hookpoint)
+    ask, probes = make_last_acts(tiny_lm, sae, hookpoint), []
+
+    def last_acts(these):
+        probes.extend(tokens for _, tokens in these)
+        return ask(these)
+
+    ctx = ExplainContext(tokenizer=tiny_lm.tokenizer, last_acts=last_acts)
+    found = [e for (e,) in ReleasedN2G().explain_many(asked, ctx)]
+    pad = tiny_lm.tokenizer.encode("_", add_special_tokens=False)[0]
+    begins = {pad} | {t for view in asked for tokens, _ in pairs_of(view) for t in tokens}
+    assert prefix_id(tiny_lm.tokenizer) not in {t for tokens in probes for t in tokens} and probes
+    assert {tokens[0] for tokens in probes} <= begins and max(map(len, probes)) > 9
+    for view, explanation in zip(asked, found, strict=True):
+        built = build_many({view.latent: pairs_of(view)}, ask, pad_id=pad, matcher="released", max_suffix=None)
+        patterns = PatternSet.load(explanation.pattern)
+        assert patterns.matcher == "released" and patterns.patterns == built[view.latent].patterns.patterns
+        assert explanation.failure is None and explanation.explainer == "n2g_released" and explanation.text
+    ours = [e for (e,) in N2G().explain_many(asked, ctx)]
+    assert any(a.pattern != b.pattern for a, b in zip(ours, found, strict=True))
 
 
 # -- simulator -----------------------------------------------------------------------------------------------------
