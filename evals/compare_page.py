@@ -8,11 +8,14 @@ from pathlib import Path
 from markupsafe import escape
 
 from evals.comparison import Comparison, Line
+from evals.matched import AtOwnL0
 from evals.page_text import number
 from sae import console
 from sae.manifest import canonical_json
 
-HEADER = ("metric", "A", "B", "B − A", "p (Holm)", "units", "verdict", "scope")
+HEADER = ("metric", "A", "B", "B − A", "p (Holm)", "reseed sd", "units", "verdict", "scope")
+EQUAL_HEADER = ("metric", "L0", "A", "B", "B − A", "interpolated", "verdict")
+ARROW = {"higher": " ↑", "lower": " ↓"}
 LEFT, RIGHT, ROW, WIDTH = 150, 250, 24, 760
 LIMIT = 8.0
 """Standard errors at which the axis of the plot ends; what lies beyond is drawn at its end."""
@@ -30,7 +33,7 @@ def _with_sd(value: float | None, sd: float | None) -> str:
     return value_text(value) + ("" if sd is None else f" ± {value_text(sd)}")
 
 
-def delta_text(line: Line) -> str:
+def delta_text(line: "Line | AtOwnL0") -> str:
     """``-0.054 [-0.060, -0.048]``."""
     if line.delta is None:
         return "–"
@@ -45,15 +48,34 @@ def _p_text(line: Line) -> str:
 
 def table_rows(found: Comparison) -> list[list[str]]:
     """Cells of the table, in the order of HEADER."""
-    arrow = {"higher": " ↑", "lower": " ↓"}
     return [
         [
-            line.title + arrow.get(line.better, ""), _with_sd(line.a, line.sd_a), _with_sd(line.b, line.sd_b),
-            delta_text(line), _p_text(line), f"{line.n} {line.method}".strip() if line.n else "", line.verdict,
-            line.scope,
+            line.title + ARROW.get(line.better, ""), _with_sd(line.a, line.sd_a), _with_sd(line.b, line.sd_b),
+            delta_text(line), _p_text(line), "" if line.sd_eval is None else value_text(line.sd_eval),
+            f"{line.n} {line.method}".strip() if line.n else "", line.verdict, line.scope,
         ]
         for line in found.lines
     ]  # fmt: skip
+
+
+def equal_rows(found: Comparison) -> list[list[str]]:
+    """Cells of the table at equal L0, in the order of EQUAL_HEADER."""
+    return [
+        [
+            line.title + ARROW.get(line.better, ""), f"{line.l0:.1f}", value_text(line.a),
+            value_text(line.b), delta_text(line), line.interpolated, equal_verdict(line),
+        ]
+        for line in found.equal_l0
+    ]  # fmt: skip
+
+
+def equal_verdict(line: AtOwnL0) -> str:
+    """By the interval of these SAEs' units alone: one training seed, whatever the number behind a point."""
+    if line.ci_low is None or line.ci_high is None:
+        return "undecided: no interval"
+    if line.ci_low <= 0 <= line.ci_high:
+        return "no difference shown"
+    return f"{'B' if (line.delta > 0) == (line.better == 'higher') else 'A'} better"
 
 
 def summary(found: Comparison) -> str:
@@ -73,8 +95,10 @@ def print_comparison(found: Comparison) -> None:
     """Table, summary and notes in the terminal."""
     console.say(f"A = {', '.join(found.a.sae_ids)}")
     console.say(f"B = {', '.join(found.b.sae_ids)}")
-    console.table("B against A", HEADER, table_rows(found), right=(1, 2, 3, 4))
+    console.table("B against A", HEADER, table_rows(found), right=(1, 2, 3, 4, 5))
     console.say(summary(found))
+    if found.equal_l0:
+        console.table("B against A at equal L0", EQUAL_HEADER, equal_rows(found), right=(1, 2, 3, 4))
     for note in found.notes:
         console.say(note)
 
@@ -87,10 +111,15 @@ def markdown(found: Comparison) -> str:
 
     lines = ["# Comparison", "", f"- A: {', '.join(found.a.sae_ids)}", f"- B: {', '.join(found.b.sae_ids)}", ""]
     lines += [summary(found), "", cells(HEADER), cells(["---"] * len(HEADER)), *map(cells, table_rows(found)), ""]
+    if found.equal_l0:
+        lines += ["## At equal L0", "", "The side named is interpolated in ln L0 between SAEs of its own family, at "
+                  "the other's L0; the interval is of the units these SAEs were measured on.", ""]
+        lines += [cells(EQUAL_HEADER), cells(["---"] * len(EQUAL_HEADER)), *map(cells, equal_rows(found)), ""]
     lines += [f"- {note}" for note in found.notes]
     lines += [
         "- Differences are B − A with 95 % bootstrap intervals; ± is the standard deviation over training seeds. "
-        "p is two-sided and Holm-corrected over the metrics of this table that have a better side.",
+        "p is two-sided and Holm-corrected over the metrics of this table that have a better side. Reseed sd: the "
+        "standard deviation over seeds of the evaluation, of the SAE where it is largest.",
         "- Paired: both were measured on the same units, resampled with the same weights. Latents of different SAEs "
         "do not pair.",
         "- Scope: `one training seed` holds for these SAEs alone; `real` means the difference also exceeds the spread "

@@ -7,7 +7,7 @@ the same units with the same resampling weights where the evaluation allows it. 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from evals.board import Column
     from evals.compare_units import Measured
+    from evals.matched import AtOwnL0
     from evals.results import Estimate
 
 LEVEL = 0.05
@@ -74,6 +75,8 @@ class Comparison:
     b: Cell
     lines: list[Line]
     notes: list[str]
+    equal_l0: "list[AtOwnL0]" = field(default_factory=list)
+    """Where the L0 of A and B differ and other SAEs of one of them span the gap."""
 
 
 def find_cell(root: Path, results: "pd.DataFrame", text: str) -> Cell:
@@ -170,7 +173,28 @@ def compare(root: Path, a_text: str, b_text: str, *, everything: bool = False) -
             raise ConfigError(f"A and B differ in {name} ({', '.join(values)}): their numbers are of different things")
     lines = [_line(root, rows, column, a, b) for column in wanted_columns(rows, everything)]
     lines = judged([line for line in lines if line.verdict != "not run"], len(a.sae_ids), len(b.sae_ids))
-    return Comparison(a=a, b=b, lines=lines, notes=_notes(lines, min(len(a.sae_ids), len(b.sae_ids))))
+    return Comparison(a=a, b=b, lines=lines, notes=_notes(lines, min(len(a.sae_ids), len(b.sae_ids))),
+                      equal_l0=_equal_l0(root, results, lines, a, b))  # fmt: skip
+
+
+def _l0_line(lines: Sequence[Line]) -> Line | None:
+    """The line of L0, if both have it and they differ by more than one in a hundred."""
+    from evals.matched import SAME_L0
+
+    line = next((x for x in lines if x.metric.split("@")[0] == "l0"), None)
+    if line is None or not line.a or not line.b or max(line.a, line.b) <= SAME_L0 * min(line.a, line.b):
+        return None
+    return line
+
+
+def _equal_l0(root: Path, results: "pd.DataFrame", lines: Sequence[Line], a: Cell, b: Cell) -> "list[AtOwnL0]":
+    from evals.board import build_board
+    from evals.matched import at_own_l0
+    from evals.results import draws_below
+
+    if _l0_line(lines) is None:
+        return []
+    return at_own_l0(build_board(results, draws_below(root)), a.sae_ids, b.sae_ids)
 
 
 def _line(root: Path, rows: "pd.DataFrame", column: "Column", a: Cell, b: Cell) -> Line:
@@ -190,7 +214,8 @@ def _line(root: Path, rows: "pd.DataFrame", column: "Column", a: Cell, b: Cell) 
     missing = [c for c, side in zip((a, b), sides, strict=True) if len(side) < len(c.sae_ids)]
     if missing:
         who = " and ".join("A" if c is a else "B" for c in missing)
-        return Line(**base, verdict="not run" if len(missing) == 2 else f"not comparable: not run alike for {who}")
+        told = f"not comparable: not run alike for {who}{_made_otherwise(rows, column, missing[0])}"
+        return Line(**base, verdict="not run" if len(missing) == 2 else told)
     members = [*sides[0], *sides[1]]
     wrong = next((w for m in members[1:] if (w := difference_between(members[0], m))), "")
     if wrong:
@@ -200,14 +225,39 @@ def _line(root: Path, rows: "pd.DataFrame", column: "Column", a: Cell, b: Cell) 
     if codes:
         means = [sum(v) / len(v) if len(v) == len(s) else None for v, s in zip(values, sides, strict=True)]
         return Line(**base, a=means[0], b=means[1], verdict=f"undefined: {', '.join(codes)}")
-    return _difference(base, sides, values, _eval_noise(found), weak=bool(column.weak))
+    return _difference(base, sides, values, _eval_noise(root, found, members), weak=bool(column.weak))
 
 
-def _eval_noise(found: "pd.DataFrame") -> float | None:
-    """The largest standard deviation of one subject's value over seeds of the evaluation (METRICS 3.4)."""
-    spread = found[found["value"].notna()].groupby("sae_id")["value"].agg(["std", "count"])
-    spread = spread[spread["count"] > 1]["std"]
-    return float(spread.max()) if len(spread) else None
+def _made_otherwise(rows: "pd.DataFrame", column: "Column", cell: Cell) -> str:
+    """`` (there: version 1, preset quick)``: how the cell's rows of this metric were made instead; "" without any."""
+    spec = column.spec
+    found = rows[(rows["eval"] == spec.eval) & (rows["metric"] == spec.metric) & rows["sae_id"].isin(cell.sae_ids)]
+    made = sorted({(int(v), str(p)) for v, p in zip(found["eval_version"], found["preset"], strict=True)}
+                  - {(column.version, column.preset)})  # fmt: skip
+    if not made:
+        return ""
+    told = "; ".join(f"version {version}, preset {preset}" for version, preset in made)
+    return f" (there: {told}; here: version {column.version}, preset {column.preset})"
+
+
+def _eval_noise(root: Path, found: "pd.DataFrame", members: "Sequence[Measured]") -> float | None:
+    """The largest standard deviation of one subject's value over seeds of the evaluation (METRICS 3.4): one row per
+    seed, the newest, and only rows made like the one that is compared."""
+    import numpy as np
+
+    from evals.board import newest
+    from evals.compare_units import difference_between, read_measured
+
+    spreads = []
+    for member in members:
+        mine = found[found["sae_id"] == member.sae_id]
+        if mine["seed"].nunique() < 2:
+            continue
+        others = [read_measured(root, newest(part).iloc[0]) for _, part in mine.groupby("seed", sort=True)]
+        values = [o.value for o in others if o.value is not None and not difference_between(member, o)]
+        if len(values) > 1:
+            spreads.append(float(np.std(values, ddof=1)))
+    return max(spreads, default=None)
 
 
 def _difference(
@@ -326,10 +376,17 @@ def _notes(lines: Sequence[Line], fewest_seeds: int) -> list[str]:
             "One training seed on a side: a verdict holds for these two SAEs, not for their recipes. Train more seeds "
             "(python -m sae train --grid seed=0,1,2) and name them together to learn about the recipes."
         )
-    l0 = next((line for line in lines if line.metric.split("@")[0] == "l0" and line.delta is not None), None)
-    if l0 is not None and l0.a and l0.b and not 0.99 <= l0.b / l0.a <= 1.01:
+    l0 = _l0_line(lines)
+    if l0 is not None:
         notes.append(
             f"L0 differs ({l0.a:.1f} against {l0.b:.1f}): more active latents lower FVU, ΔCE and KL by themselves; "
             "see the section at equal L0 of the leaderboard."
+        )
+    shown = [x for x in lines if x.verdict.endswith(" better") and x.sd_eval]
+    small = [x.title for x in shown if abs(x.delta or 0.0) < 2 * math.sqrt(2) * (x.sd_eval or 0.0)]
+    if small:
+        notes.append(
+            f"Smaller than twice the reseed noise of the evaluation itself: {', '.join(small)}. Another sample of its "
+            "documents, prompts or positions may turn the verdict; run more --eval-seeds."
         )
     return notes

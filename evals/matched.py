@@ -1,9 +1,13 @@
-"""Comparison at equal sparsity: matched L0 and Pareto states (METRICS 3.6, 3.7), from rows alone. Torch-free."""
+"""Comparison at equal sparsity: matched L0 and Pareto states (METRICS 3.6, 3.7), from rows alone. Torch-free.
+
+A *point* is an SAE in (L0, metric), or several of one architecture whose L0 differ by so little that they are seeds of
+one recipe: their mean. R resamples.
+"""
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +16,14 @@ from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
 from evals.gains import Cell, paired_interval
 
 State = Literal["front", "dominated", "undecided", ""]
+ONE_POINT = 1.05
+"""SAEs of one architecture with an L0 below this multiple of the smallest count as one point (decision 026)."""
+SAME_L0 = 1.01
+"""Two subjects whose L0 differ by less are compared as they are."""
+FAMILY = ("lm", "lm_revision", "hookpoint", "d_sae", "train_tokens", "architecture")
+"""What SAEs share between which a metric is interpolated: model, place, width, amount of data, architecture."""
+Point = tuple[float, Cell, str]
+"""L0, metric, and the SAEs behind them, joined by commas."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +40,61 @@ class Matched:
     ci_low: float | None
     ci_high: float | None
     between: tuple[str, str]
-    """The two SAEs."""
+    """The two SAEs; of a point of several, all of them with commas."""
 
 
-def _points(board: Board, group: Sequence[BoardSubject], l0: Column, metric: Column) -> list[tuple[float, Cell, str]]:
-    points = []
+@dataclass(frozen=True, kw_only=True)
+class AtOwnL0:
+    """B - A at the L0 of one of them, the other interpolated between SAEs of its family (METRICS 3.6)."""
+
+    column_id: str
+    title: str
+    better: str
+    l0: float
+    interpolated: Literal["A", "B"]
+    between: tuple[str, str]
+    a: float
+    b: float
+    delta: float
+    ci_low: float | None
+    ci_high: float | None
+    paired: bool
+    """Were all SAEs that take part resampled with the same weights? Only then is there an interval."""
+
+
+def family_of(subject: BoardSubject) -> tuple[str, ...]:
+    """Equal for SAEs between which a metric may be interpolated."""
+    return tuple(str(subject.fields.get(name)) for name in FAMILY)
+
+
+def points_of(board: Board, group: Sequence[BoardSubject], l0: Column, metric: Column) -> list[Point]:
+    """Points by rising L0; subjects without one of the two numbers have none."""
+    known: list[tuple[float, str, Cell]] = []
     for subject in group:
         x, y = board.cells[subject.sae_id, l0.id].value, board.cells[subject.sae_id, metric.id]
         if x is not None and x > 0 and y.value is not None:
-            points.append((x, y, subject.sae_id))
-    return sorted(points, key=lambda p: (p[0], p[2]))
+            known.append((x, subject.sae_id, y))
+    clusters: list[list[tuple[float, str, Cell]]] = []
+    for entry in sorted(known, key=lambda p: p[:2]):
+        if clusters and entry[0] < ONE_POINT * clusters[-1][0][0]:
+            clusters[-1].append(entry)
+        else:
+            clusters.append([entry])
+    return [_point(cluster) for cluster in clusters]
 
 
-def interpolate(points: Sequence[tuple[float, Cell, str]], at: float) -> tuple[Cell, tuple[str, str]] | None:
+def _point(cluster: Sequence[tuple[float, str, Cell]]) -> Point:
+    cells = [cell for _, _, cell in cluster]
+
+    def mean(name: str) -> float | None:
+        values = [getattr(cell, name) for cell in cells]
+        return None if any(v is None for v in values) else float(np.mean(values))
+
+    cell = cells[0] if len(cells) == 1 else Cell(value=mean("value"), ci_low=mean("ci_low"), ci_high=mean("ci_high"))
+    return float(np.mean([x for x, _, _ in cluster])), cell, ",".join(name for _, name, _ in cluster)
+
+
+def interpolate(points: Sequence[Point], at: float) -> tuple[Cell, tuple[str, str]] | None:
     """Linear in ln L0 between the two neighbours; None outside their range.
 
     The ends of the interval are interpolated like the value: exact where the two SAEs' errors move together, too wide
@@ -58,77 +112,142 @@ def interpolate(points: Sequence[tuple[float, Cell, str]], at: float) -> tuple[C
     return None
 
 
+def mean_draws(board: Board, ids: Sequence[str], column: Column) -> tuple[np.ndarray, str] | None:
+    """([R] resamples of the mean over ``ids``, what they pair with); None unless all were kept and resampled alike."""
+    cells = [board.cells[sae_id, column.id] for sae_id in ids]
+    pairings = {(cell.pairing, cell.n) for cell in cells}
+    found = [board.draws(*c.source) if board.draws and c.source is not None and c.pairing else None for c in cells]
+    if len(pairings) > 1 or any(f is None for f in found) or len({len(f) for f in found}) > 1:  # type: ignore[arg-type]
+        return None
+    return np.mean([np.asarray(f, dtype=np.float64) for f in found], axis=0), str(pairings.pop())
+
+
+def l0_draws(board: Board, ids: Sequence[str], l0: Column, resamples: int) -> np.ndarray:
+    """[R] resamples of the mean L0; its value where none were kept, as that of topk is the same in all."""
+    found = mean_draws(board, ids, l0)
+    if found is not None and len(found[0]) == resamples:
+        return found[0]
+    return np.full(resamples, np.mean([board.cells[i, l0.id].value for i in ids]))
+
+
+def interpolated_draws(
+    board: Board, l0: Column, metric: Column, between: tuple[str, str], at: "float | np.ndarray"
+) -> tuple[np.ndarray, str] | None:
+    """[R] interpolations made inside each resample (METRICS 3.6): value and L0 of both points move with the same units.
+    None unless both were resampled alike. ``at``: a number, or [R]."""
+    ids = [names.split(",") for names in between]
+    ends = [mean_draws(board, names, metric) for names in ids]
+    if ends[0] is None or ends[1] is None or ends[0][1] != ends[1][1] or len(ends[0][0]) != len(ends[1][0]):
+        return None
+    y0, y1 = ends[0][0], ends[1][0]
+    x0, x1 = (l0_draws(board, names, l0, len(y0)) for names in ids)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.clip((np.log(at) - np.log(x0)) / (np.log(x1) - np.log(x0)), 0.0, 1.0)
+        return (1 - share) * y0 + share * y1, ends[0][1]
+
+
+def interval_of(drawn_R: np.ndarray) -> tuple[float, float] | None:
+    """95 % of the resamples; None where more than one in twenty is undefined."""
+    known = drawn_R[np.isfinite(drawn_R)]
+    if len(known) < 0.95 * len(drawn_R):
+        return None
+    return float(np.quantile(known, 0.025)), float(np.quantile(known, 0.975))
+
+
 def resampled_interval(
     board: Board, l0: Column, metric: Column, between: tuple[str, str], at: float
 ) -> tuple[float, float] | None:
-    """95 % of the interpolations made inside each resample (METRICS 3.6): value and L0 of both SAEs move with the same
-    units. None unless all four were resampled alike."""
-    if board.draws is None:
-        return None
-    cells = [board.cells[sae_id, column.id] for column in (metric, l0) for sae_id in between]
-    if len({(c.pairing, c.n) for c in cells[:2]}) > 1 or len({(c.pairing, c.n) for c in cells[2:]}) > 1:
-        return None
-    found = [board.draws(*c.source) if c.source is not None and c.pairing else None for c in cells]
-    if any(f is None for f in found[:2]) or len(found[0]) != len(found[1]):  # type: ignore[arg-type]
-        return None
-    y0, y1 = (np.asarray(f, dtype=np.float64) for f in found[:2])
-    x0, x1 = (
-        np.full(len(y0), cell.value) if f is None or len(f) != len(y0) else np.asarray(f, dtype=np.float64)
-        for f, cell in zip(found[2:], cells[2:], strict=True)
-    )  # the L0 of topk is the same in all resamples, so that none are kept
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.clip((math.log(at) - np.log(x0)) / (np.log(x1) - np.log(x0)), 0.0, 1.0)
-        drawn = (1 - share) * y0 + share * y1
-    drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) < 0.95 * len(y0):
-        return None
-    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+    """95 % of the interpolations of :func:`interpolated_draws`."""
+    found = interpolated_draws(board, l0, metric, between, at)
+    return None if found is None else interval_of(found[0])
 
 
 def matched_l0(
     board: Board, keys: Sequence[str] = ("fvu", "delta_ce"), grid: Sequence[float] = MATCHED_L0
 ) -> list[Matched]:
-    """Per (lm, hookpoint, d_sae, architecture) with two SAEs or more: each metric at the grid points in its range."""
-    groups: dict[tuple[str, str, int, str], list[BoardSubject]] = {}
+    """Per family (FAMILY) with two points or more: each metric at the grid points in its range."""
+    groups: dict[tuple[str, ...], list[BoardSubject]] = {}
     for s in board.saes:
-        group = (str(s.fields["lm"]), str(s.fields["hookpoint"]), int(s.fields["d_sae"]), str(s.fields["architecture"]))
-        groups.setdefault(group, []).append(s)
+        groups.setdefault(family_of(s), []).append(s)
     found = []
     for l0 in board.columns_of("l0"):
         for metric in (c for key in keys for c in board.columns_of(key)):
-            for (lm, hookpoint, d_sae, architecture), members in sorted(groups.items()):
-                points = _points(board, members, l0, metric)
+            for _, members in sorted(groups.items()):
+                points, fields = points_of(board, members, l0, metric), members[0].fields
                 for at in grid:
                     hit = interpolate(points, at)
                     if hit is not None and hit[0].value is not None:
                         low_high = resampled_interval(board, l0, metric, hit[1], at)
                         low, high = low_high or (hit[0].ci_low, hit[0].ci_high)
-                        found.append(
-                            Matched(
-                                lm=lm,
-                                hookpoint=hookpoint,
-                                d_sae=d_sae,
-                                architecture=architecture,
-                                column_id=metric.id,
-                                l0=at,
-                                value=hit[0].value,
-                                ci_low=low,
-                                ci_high=high,
-                                between=hit[1],
-                            )
-                        )
+                        found.append(Matched(
+                            lm=str(fields["lm"]), hookpoint=str(fields["hookpoint"]), d_sae=int(fields["d_sae"]),
+                            architecture=str(fields["architecture"]), column_id=metric.id, l0=at, value=hit[0].value,
+                            ci_low=low, ci_high=high, between=hit[1],
+                        ))  # fmt: skip
     return found
+
+
+def at_own_l0(
+    board: Board, a_ids: Sequence[str], b_ids: Sequence[str], keys: Sequence[str] = ("fvu", "delta_ce", "kl")
+) -> list[AtOwnL0]:
+    """B against A at equal L0, where theirs differ: one of them interpolated between SAEs of its family.
+
+    The one whose family spans the other's L0, B before A; nothing where neither does: no value is extrapolated.
+    """
+    found = []
+    for l0 in board.columns_of("l0"):
+        for metric in (c for key in keys for c in board.columns_of(key)):
+            for moved, own in ((b_ids, a_ids), (a_ids, b_ids)):
+                line = _at_l0_of(board, l0, metric, own, moved, "B" if moved is b_ids else "A")
+                if line is not None:
+                    found.append(line)
+                    break
+    return found
+
+
+def _at_l0_of(
+    board: Board, l0: Column, metric: Column, own: Sequence[str], moved: Sequence[str], name: Literal["A", "B"]
+) -> AtOwnL0 | None:
+    known = {s.sae_id: s for s in board.saes}
+    x, y, z = ([board.cells[i, c.id].value for i in ids] for ids, c in ((own, l0), (own, metric), (moved, l0)))
+    if not {*own, *moved} <= known.keys() or any(v is None for v in (*x, *y, *z)):
+        return None
+    at, value = float(np.mean(x)), float(np.mean(y))  # type: ignore[arg-type]
+    if max(at, np.mean(z)) < SAME_L0 * min(at, np.mean(z)):  # type: ignore[arg-type]
+        return None
+    family = [s for s in board.saes if family_of(s) == family_of(known[moved[0]])]
+    hit = interpolate(points_of(board, family, l0, metric), at)
+    if hit is None or hit[0].value is None:
+        return None
+    sign = 1.0 if name == "B" else -1.0
+    interval = None
+    mine = mean_draws(board, own, metric)
+    if mine is not None:
+        drawn = interpolated_draws(board, l0, metric, hit[1], l0_draws(board, own, l0, len(mine[0])))
+        if drawn is not None and drawn[1] == mine[1] and len(drawn[0]) == len(mine[0]):
+            interval = interval_of(sign * (drawn[0] - mine[0]))
+    low, high = interval or (None, None)
+    a, b = (value, hit[0].value) if name == "B" else (hit[0].value, value)
+    return AtOwnL0(
+        column_id=metric.id, title=metric.title, better=metric.spec.better, l0=at, interpolated=name, between=hit[1],
+        a=a, b=b, delta=b - a, ci_low=low, ci_high=high, paired=interval is not None,
+    )  # fmt: skip
 
 
 def told_apart(board: Board, a: Cell, b: Cell) -> bool:
     """Does the interval of a - b exclude 0? By draws where they pair, else by whether the two intervals meet.
 
-    A value without an interval (the L0 of topk) is taken as exact: equal values are not apart.
+    A value of many units without an interval (the L0 of topk) was the same in all resamples and is taken as exact;
+    one of a single unit has no interval since nothing is known of its error, and is told apart from nothing.
     """
-    if a.value == b.value:
+    if a.value == b.value or a.value is None or b.value is None:
         return False
     paired = paired_interval(a, b, board.draws)
-    return not overlap(a, b) if paired is None else not paired[0] <= 0 <= paired[1]
+    if paired is not None:
+        return not paired[0] <= 0 <= paired[1]
+    if any(c.ci_low is None and c.n < 2 for c in (a, b)):
+        return False
+    return not overlap(*(c if c.ci_low is not None else replace(c, ci_low=c.value, ci_high=c.value) for c in (a, b)))
 
 
 def pareto(board: Board, metric: Column) -> dict[str, State]:

@@ -36,14 +36,14 @@ def noise(*parts: object) -> np.ndarray:
 def write_subject(
     root: Path, sae_id: str, fvu_U: np.ndarray, *, l0: float = 32.0, draws: bool = False, config: dict | None = None,
     subject=None, version: int = 1, preset: str = "quick", key: str = "k0", evaluation: str = "reconstruction",
-    metric_name: str = "fvu",
-) -> None:  # fmt: skip
+    metric_name: str = "fvu", seed: int = 0,
+) -> Path:  # fmt: skip
     """Rows, details and (if asked) draws of one SAE: `metric_name` is the mean of ``fvu_U`` over documents."""
     subject = subject or info(sae_id, architecture=sae_id.split(".")[-2].split("-")[0])
     one = np.ones_like(fvu_U)
     estimate = uncertainty.ratio(fvu_U, one, rng(0, "fvu"))
     rows = [
-        make_row(subject, evaluation, version, metric(n), e, seed=0, run_key=key, preset=preset, split="test")
+        make_row(subject, evaluation, version, metric(n), e, seed=seed, run_key=key, preset=preset, split="test")
         for n, e in ((metric_name, estimate), ("l0", uncertainty.mean(np.full(UNITS, l0), rng(0))))
     ]
     folder = row_dir(root, sae_id, evaluation, key)
@@ -55,6 +55,7 @@ def write_subject(
         if draws:
             write_draws(out.path, {f"{metric_name}|test": estimate.draws})
         out.counts.update({"device": "cpu", "dtype": "float32"})
+    return folder
 
 
 def line_of(found, key: str = "fvu") -> Line:
@@ -164,6 +165,82 @@ def test_resampled_seeds_have_the_variance_of_their_mean():
     draws = [np.full(20_000, v) for v in (1.0, 2.0, 4.0)]
     assert over_seeds(draws, "m", "a").var() == pytest.approx(np.var([1, 2, 4], ddof=1) / 3, rel=0.05)
     assert (over_seeds(draws[:1], "m", "a") == 1.0).all()
+
+
+def test_reseed_noise_is_of_the_newest_rows_made_alike(tmp_path):
+    """Three seeds of the evaluation; an older row of one seed and a row of other sizes are no reseeding."""
+    documents = 0.3 + 0.1 * noise("documents")
+    seeds = {0: 0.0, 1: 0.02, 2: -0.02}
+    for sae_id, shift in ((name("topk"), 0.0), (name("relu"), -0.02)):
+        for seed, offset in seeds.items():
+            own = documents + shift + offset + 0.002 * noise(sae_id)
+            write_subject(tmp_path, sae_id, own, config={"seed": seed}, key=f"k{seed}", seed=seed)
+    old = write_subject(tmp_path, name("topk"), documents + 5, config={"seed": 1}, key="old", seed=1)
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["provenance"]["created_at"] = "2020-01-01T00:00:00Z"
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    write_subject(tmp_path, name("topk"), documents + 9, config={"seed": 7, "tokens": 5}, key="other", seed=7)
+    found = compare(tmp_path, "topk", "relu")
+    line = line_of(found)
+    assert line.sd_eval == pytest.approx(np.std([0, 0.02, -0.02], ddof=1))
+    assert line.verdict == "B better" and any("reseed noise" in note and "FVU" in note for note in found.notes)
+    assert "| reseed sd |" in markdown(found) and "| 0.020 |" in markdown(found)
+
+
+def test_rows_of_another_version_are_named(tmp_path):
+    values = 0.3 + 0.1 * noise("documents")
+    write_subject(tmp_path, name("topk"), values)
+    write_subject(tmp_path, name("relu"), values, version=2, preset="paper")
+    verdicts = {x.verdict for x in compare(tmp_path, "topk", "relu").lines if x.metric.startswith("fvu")}
+    assert verdicts == {
+        "not comparable: not run alike for A (there: version 1, preset quick; here: version 2, preset paper)",
+        "not comparable: not run alike for B (there: version 2, preset paper; here: version 1, preset quick)"}
+
+
+def family(root: Path, architecture: str, l0s: list[float], shift: float, seeds: int = 1, **more) -> list[str]:
+    """SAEs of one architecture whose FVU falls by 0.1 per e-folding of L0, from 0.7 + shift at L0 1."""
+    documents, made = 0.05 * noise("documents"), []
+    for l0 in l0s:
+        for seed in range(seeds):
+            sae_id = name(architecture, seed, round(l0))
+            value = 0.7 + shift - 0.1 * math.log(l0) + documents + 0.01 * (seed - (seeds - 1) / 2)
+            write_subject(root, sae_id, value, l0=l0 * 1.001**seed, draws=True,
+                          subject=info(sae_id, architecture=architecture, k=None, **more))  # fmt: skip
+            made.append(sae_id)
+    return made
+
+
+def test_at_equal_l0_one_side_is_interpolated_and_never_beyond_its_family(tmp_path):
+    family(tmp_path, "relu", [16.0, 64.0], 0.05)
+    [topk] = family(tmp_path, "topk", [32.0], 0.0)
+    family(tmp_path, "relu", [32.0], 9.0, train_tokens=7)  # more text: another family
+    found = compare(tmp_path, topk, name("relu", 0, 64))
+    [line] = found.equal_l0
+    assert (line.interpolated, line.l0, line.paired) == ("B", 32.0, True)
+    assert line.delta == pytest.approx(0.05, abs=0.004) and line.ci_low > 0.04 and line.ci_high < 0.06
+    assert line_of(found).verdict == "B better"  # more latents, and so the lower FVU
+    text = markdown(found)
+    assert "## At equal L0" in text and "A better" in text.split("## At equal L0")[1]
+    back = compare(tmp_path, name("relu", 0, 64), topk)
+    assert back.equal_l0[0].interpolated == "A" and back.equal_l0[0].delta == pytest.approx(-line.delta)
+    [far] = family(tmp_path, "gated", [200.0], 0.0)
+    assert compare(tmp_path, topk, far).equal_l0 == []
+    near = compare(tmp_path, topk, family(tmp_path, "batchtopk", [32.1], 0.0)[0])
+    assert near.equal_l0 == [] and not any("L0 differs" in note for note in near.notes)
+
+
+def test_seeds_of_one_recipe_are_one_point(tmp_path):
+    from evals.board import build_board
+    from evals.matched import matched_l0
+    from evals.results import draws_below, load_results
+
+    relu = family(tmp_path, "relu", [16.0, 64.0], 0.0, seeds=3)
+    board = build_board(load_results(tmp_path), draws_below(tmp_path))
+    found = {m.l0: m for m in matched_l0(board, keys=("fvu",))}
+    assert sorted(found) == [32, 64] and found[32].between == (",".join(relu[:3]), ",".join(relu[3:]))
+    middle = 0.7 - 0.1 * math.log(32) + 0.05 * noise("documents").mean()
+    assert found[32].value == pytest.approx(middle, abs=0.001)  # a single seed would be 0.01 off
+    assert found[32].ci_low < middle < found[32].ci_high
 
 
 def test_latents_of_two_saes_do_not_pair():

@@ -332,6 +332,18 @@ def test_matched_values_are_interpolated_inside_each_resample() -> None:
         assert (found.ci_high - found.ci_low) / 2 == pytest.approx(1.96 * sd, rel=0.1)
 
 
+def test_an_exact_l0_is_held_against_the_others_interval_and_one_unit_against_nothing() -> None:
+    """TopK's 32 latents are no estimate: another's 32.4 [31.8, 33] is not told apart from them, 34 [33, 35] is."""
+    from evals.matched import told_apart
+
+    board = paired_board(1e-6)
+    exact, one = Cell(value=32.0, n=50), Cell(value=32.0, n=1)
+    near, far = Cell(value=32.4, ci_low=31.8, ci_high=33.0, n=50), Cell(value=34.0, ci_low=33.0, ci_high=35.0, n=50)
+    assert not told_apart(board, exact, near) and not told_apart(board, near, exact)
+    assert told_apart(board, exact, far) and told_apart(board, exact, Cell(value=64.0, n=50))
+    assert not told_apart(board, one, far) and not told_apart(board, far, one)
+
+
 def test_a_paired_difference_decides_where_the_intervals_meet() -> None:
     """c is worse than a by 0.01 in every resample, with intervals of 0.08."""
     from dataclasses import replace as changed
