@@ -44,6 +44,8 @@ FIELDS = (
 )
 KINDS = (*POSITIVE_KINDS, *NEGATIVE_KINDS)
 STAT_COLUMNS = ("n_active", "density", "density_explain", "pi", "max_act", "top_tokens")
+SILENCE = 0.0
+"""The one zero that all windows share."""
 FAILURE_FIELDS = ("latent", "code", "stage", "detail")
 
 
@@ -97,6 +99,7 @@ def build_exemplars(
             "n_exemplars": len(rows), "failures": dict(sorted(Counter(f["code"] for f in failures).items())),
             "duplicate_windows": dict(dropped),
         }
+    rows.clear()  # they are read again, and once in memory is enough
     return ExemplarTable.open(folder)
 
 
@@ -245,8 +248,9 @@ class ExemplarTable:
     @cached_property
     def _by_latent(self) -> dict[int, list[Exemplar]]:
         out: dict[int, list[Exemplar]] = {}
+        ids: dict[int, int] = {}
         for row in self.table.to_dict("records"):
-            out.setdefault(int(row["latent"]), []).append(_exemplar(row))
+            out.setdefault(int(row["latent"]), []).append(_exemplar(row, ids))
         return out
 
     @property
@@ -288,12 +292,13 @@ class ExemplarTable:
         return [Failure(code=f["code"], stage=f["stage"], detail=f["detail"]) for f in mine.to_dict("records")]
 
 
-def _exemplar(row: dict[str, Any]) -> Exemplar:
+def _exemplar(row: dict[str, Any], ids: dict[int, int]) -> Exemplar:
+    """``ids`` holds each token id once: hundreds of windows per latent would hold every number anew."""
     values = {name: row[name] for name in FIELDS}
     for name in ("latent", "group", "row", "start", "peak"):
         values[name] = int(values[name])
-    values["token_ids"] = tuple(np.asarray(row["token_ids"]).tolist())
-    values["acts"] = tuple(np.asarray(row["acts"]).tolist())
+    values["token_ids"] = tuple(ids.setdefault(i, i) for i in row["token_ids"].tolist())
+    values["acts"] = tuple(a or SILENCE for a in row["acts"].tolist())
     values["neighbour"] = None if pd.isna(row["neighbour"]) else int(row["neighbour"])
     values["stratum_share"] = None if pd.isna(row["stratum_share"]) else float(row["stratum_share"])
     return Exemplar(**values)

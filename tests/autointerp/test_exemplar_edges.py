@@ -13,6 +13,8 @@ from autointerp.config import ExemplarConfig
 from autointerp.documents import assert_disjoint, content_hashes
 from autointerp.exemplar_draws import read_texts
 from autointerp.exemplars import build_exemplars
+from autointerp.explainers.token_list import PLUGIN as TokenList
+from autointerp.interfaces import ExplainContext
 from autointerp.latent_cache import build_latents, sample_latents
 from autointerp.records import NEGATIVE_KINDS
 from sae.errors import LeakError
@@ -115,3 +117,35 @@ def test_edge_latents_have_typed_results(held_out, tmp_path):
     assert all(sorted(e.acts)[-2:] == [0.0, 3.0] for s in SPLITS for e in once[s])
     sample = sample_latents(cache, 100, 0, replace(CFG, min_windows=(1, 1, 1)))
     assert sample.latents.tolist() == [0, 1, 2, 4] and sample.alive == 6
+
+
+def test_another_text_of_the_split_score_changes_nothing_that_an_explainer_sees(held_out, tmp_path):
+    """Views, what is chosen by, and a text made of them: byte for byte, whatever will be scored."""
+    other = held_out | {"score": store(pack(documents("elsewhere", 150), "score", tmp_path), tmp_path)}
+    seen = []
+    for number, held in enumerate((held_out, other)):
+        cache = build_latents(tmp_path / str(number), random_sae(), held, window_tokens=12, min_window_tokens=4)
+        table = build_exemplars(tmp_path / str(number), cache, range(64), CFG)
+        views = {i: table.view(i, tokenizer=Ids()) for i in table.latents}
+        texts = {i: TokenList().explain_many([v], ExplainContext(tokenizer=Ids()))[0][0].text for i, v in views.items()}
+        seen.append({
+            i: ([bare(e) for e in views[i].exemplars], [bare(e) for e in table.scored(i, "calibrate")],
+                replace(views[i], exemplars=()), texts[i], [bare(e) for e in table.scored(i)])
+            for i in views
+        })  # fmt: skip
+    first, second = seen
+    both = sorted(first.keys() & second.keys())
+    assert len(both) > 30 and all(first[i][:4] == second[i][:4] for i in both)
+    assert all(first[i][4] != second[i][4] for i in both)
+
+
+class Ids:
+    """A tokenizer whose texts are the ids."""
+
+    def decode(self, ids):
+        return "".join(f" w{int(i)}" for i in ids)
+
+
+def bare(exemplar):
+    """Without the id, which begins with the key of the cache."""
+    return replace(exemplar, exemplar_id="")
