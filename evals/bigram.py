@@ -23,8 +23,10 @@ Floats = npt.NDArray[np.float64]
 class Text(Protocol):
     """What is read of a ``sae.tokens.TokenSet``."""
 
-    tokens_BL: Any
-    """[B, L]; position 0 is the row prefix."""
+    @property
+    def tokens_BL(self) -> Any:
+        """[B, L]; position 0 is the row prefix."""
+        ...
 
     def doc_ids_BL(self) -> npt.NDArray[Any]: ...
 

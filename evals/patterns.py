@@ -4,6 +4,7 @@ What is built is kept for the run, so that two evaluations that ask for one late
 """
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,10 +54,9 @@ def patterns_of(ctx: "EvalContext", latents: Iterable[int]) -> Patterns:
     wanted = sorted({int(i) for i in latents})
     parts = [read_patterns(ctx)]
     rest = [i for i in wanted if i not in parts[0].found and i not in parts[0].failures]
-    n_pairs = _explained(ctx)[1]
     for start in range(0, len(rest), BUILT_AT_ONCE):
         group = rest[start : start + BUILT_AT_ONCE]
-        parts.append(ctx.memo(_memo_key(ctx, *group), lambda group=group: _build(ctx, group, n_pairs)))
+        parts.append(ctx.memo(_memo_key(ctx, *group), partial(_build, ctx, group, _explained(ctx)[1])))
     found = {i: p.found[i] for p in parts for i in wanted if i in p.found}
     failures = {i: p.failures[i] for p in parts for i in wanted if i in p.failures}
     return Patterns(found, failures)
