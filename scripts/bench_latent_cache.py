@@ -1,4 +1,5 @@
-"""Memory and time of a latent cache: ``python scripts/bench_latent_cache.py [--tokens 1000000 --d-sae 32768 --k 32]``.
+"""Memory and time of a latent cache: ``python scripts/bench_latent_cache.py [--tokens 1000000 --d-sae 32768 --k 32
+--saes 1]``.
 
 Everything but the encoder is real: the store is read, entries are sorted, spilt, merged, counted and written. Codes are
 drawn (Zipf-like frequencies, so that some latents are frequent), since an encoder of that width would be measured
@@ -32,18 +33,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--d-sae", type=int, default=32_768)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--saes", type=int, default=1, help="so many SAEs in one pass")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         store = _store(root, options.tokens)
-        sae = _sae(options.d_sae, options.k)
+        saes = [_sae(options.d_sae, options.k, seed) for seed in range(options.saes)]
         before, began, wall = _peak_mb(), time.process_time(), time.monotonic()
-        [cache] = build_latents_many(root, [sae], {"explain": store})
+        caches = build_latents_many(root, saes, {"explain": store})
         seconds = time.process_time() - began
-        n = sum(f.stat().st_size for f in cache.folder.iterdir() if "flat" in f.name or "value" in f.name)
-        entries = int(cache.stats["n_active"].sum())
+        files = [f for cache in caches for f in cache.folder.iterdir()]
+        n = sum(f.stat().st_size for f in files if "flat" in f.name or "value" in f.name)
+        entries = sum(int(cache.stats["n_active"].sum()) for cache in caches)
         print(json.dumps({
-            "tokens": options.tokens, "d_sae": options.d_sae, "k": options.k, "nonzeros": entries,
+            "tokens": options.tokens, "d_sae": options.d_sae, "k": options.k, "saes": options.saes, "nonzeros": entries,
             "peak_mb": round(_peak_mb()), "peak_before_mb": round(before), "cpu_s": round(seconds, 1),
             "wall_s": round(time.monotonic() - wall, 1), "bytes_per_nonzero": round(n / entries, 2),
         }))  # fmt: skip
@@ -79,15 +82,15 @@ def _store(root: Path, n_tokens: int) -> ActivationStore:
     return ActivationStore.open(folder, tokens)
 
 
-def _sae(d_sae: int, k: int) -> SAE:
+def _sae(d_sae: int, k: int, seed: int) -> SAE:
     """A TopK SAE whose codes are drawn instead of computed."""
     cfg = SAEConfig(
         architecture="topk", activation="topk", d_in=D_IN, d_out=D_IN, d_sae=d_sae, k=k, apply_b_dec_to_input=True,
-        input_norm=InputNorm(kind="layer_norm"), decoder_unit_norm=True, sae_id=f"drawn-f{d_sae}-k{k}", meta=None,
-        train_tokens=0, train_steps=0, seed=0,
+        input_norm=InputNorm(kind="layer_norm"), decoder_unit_norm=True, sae_id=f"drawn-f{d_sae}-k{k}-s{seed}",
+        meta=None, train_tokens=0, train_steps=0, seed=seed,
     )  # fmt: skip
     sae: SAE = find("sae.architectures", "topk")(cfg)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def drawn(x_ND: torch.Tensor) -> Any:
         n = len(x_ND)
