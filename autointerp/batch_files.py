@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from autointerp.client import stored_form
 from autointerp.llm_requests import GenerateRequest, Message
 from autointerp.openai_wire import Structured, chat_body, parse_chat
 from autointerp.records import ANSWER_CODES, Failure
 from autointerp.reply_cache import ReplyCache
 from autointerp.retries import Retry
-from sae.config import to_dict
 from sae.errors import DataError
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
@@ -81,7 +81,7 @@ def read_replies(paths: Iterable[Path], cache: ReplyCache) -> ReadResult:
             elif isinstance(answer, Failure) and answer.code not in ANSWER_CODES:
                 failed[answer.code] += 1
             else:
-                cache.put(key, {"failure": to_dict(answer)} if isinstance(answer, Failure) else to_dict(answer))
+                cache.put(key, stored_form(answer))
                 stored += 1
     return ReadResult(stored, known, dict(sorted(failed.items())))
 

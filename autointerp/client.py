@@ -25,6 +25,7 @@ from autointerp.llm_requests import (
     Message,
     NextTokenRequest,
     Origin,
+    PaidFailure,
     Reply,
     Request,
     SlotRequest,
@@ -32,6 +33,7 @@ from autointerp.llm_requests import (
     Verb,
     request_dict,
     request_key,
+    rough_tokens,
 )
 from autointerp.records import ANSWER_CODES, Failure
 from autointerp.reply_cache import ReplyCache
@@ -106,9 +108,9 @@ def check_capability(client: Client, verb: Verb, user: str) -> None:
 
 
 def count_tokens(client: Client, text: str) -> int:
-    """Tokens of ``text``; without a tokenizer, characters / 3, an over-estimate for English."""
+    """Tokens of ``text``; without a tokenizer, :func:`rough_tokens`."""
     if client.tokenizer is None:
-        return -(-len(text) // 3)
+        return rough_tokens(text)
     return len(client.tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -134,7 +136,28 @@ def expected_tokens(client: Client, request: Request) -> int:
 
 def recalled(kind: type[R], stored: Mapping[str, Any]) -> R | Failure:
     """What the reply cache holds as the answer it was."""
-    return from_dict(Failure, stored["failure"]) if "failure" in stored else from_dict(kind, stored)
+    if "failure" not in stored:
+        return from_dict(kind, stored)
+    usage = from_dict(Usage, stored["usage"]) if "usage" in stored else Usage()
+    return PaidFailure(**stored["failure"], usage=usage)
+
+
+def stored_form(answer: AnyReply | Failure) -> dict[str, Any]:
+    """What the reply cache is to hold of an answer; :func:`recalled` undoes it."""
+    if not isinstance(answer, Failure):
+        return to_dict(answer)
+    if not isinstance(answer, PaidFailure):
+        return {"failure": to_dict(answer)}
+    return {"failure": to_dict(answer.plain()), "usage": to_dict(answer.usage)}
+
+
+def _checked(answer: Any) -> Any:
+    """A log-probability that is no number (a broken model, half precision) is a failure: no file can hold it."""
+    if isinstance(answer, LogprobReply):
+        values = [v for row in (*answer.rows, answer.sums) for v in row if v is not None]
+        if not all(map(math.isfinite, values)):
+            return Failure(code="schema", stage="logprobs", detail="log-probabilities that are not finite")
+    return answer
 
 
 def _shifted(on_reply: OnReply, start: int) -> OnReply:
@@ -159,18 +182,24 @@ class CachedClient:
         max_tokens: int | None = None,
         max_cost_usd: float | None = None,
     ) -> None:
-        self.backend, self.cache, self.max_tokens, self.max_cost_usd = backend, cache, max_tokens, max_cost_usd
+        self.backend, self.cache = backend, cache
         self.ledger = ledger if ledger is not None else Ledger()
         self.price = self.ledger.prices.get(backend.identity.model)
-        if max_cost_usd is not None and self.price is None:
-            raise ConfigError(
-                f"a cost limit needs the price of {backend.identity.model!r}: give a table (--interp.prices FILE), "
-                '{"model": {"prompt": 1.0, "cached": 0.5, "output": 4.0}} in US dollars per million tokens'
-            )
         self.identity, self.capabilities, self.tokenizer = backend.identity, backend.capabilities, backend.tokenizer
-        self.spent_tokens, self.spent_usd = 0, 0.0
+        self.allow(max_tokens, max_cost_usd)
         if cache is not None:
             cache.remember(to_dict(backend.identity))
+
+    def allow(self, max_tokens: int | None, max_cost_usd: float | None) -> None:
+        """A new budget, of which nothing is spent."""
+        if max_cost_usd is not None and self.price is None:
+            raise ConfigError(
+                f"a cost limit needs the price of {self.identity.model!r}: give a table (--prices FILE; in run_all "
+                '--interp.prices FILE), {"model": {"prompt": 1.0, "cached": 0.5, "output": 4.0}} in US dollars per '
+                "million tokens"
+            )
+        self.max_tokens, self.max_cost_usd = max_tokens, max_cost_usd
+        self.spent_tokens, self.spent_usd = 0, 0.0
 
     def generate(self, requests: Sequence[GenerateRequest], on_reply: OnReply | None = None) -> list[Reply | Failure]:
         """See :class:`Client`; only what the cache lacks is sent."""
@@ -205,14 +234,17 @@ class CachedClient:
         for key, value in stored.items():
             answers[key] = recalled(kind, value)
         missing = {k: r for k, r in zip(keys, requests, strict=True) if k not in answers}  # equal requests: sent once
-        if missing:
-            self._send(missing, send, answers)
+        try:
+            if missing:
+                self._send(missing, send, answers)
+        finally:  # what was paid for is counted, whatever stopped the rest
+            for key, request in zip(keys, requests, strict=True):
+                if key in answers:
+                    sent = key in missing and missing[key] is request
+                    self.ledger.add(self.identity.model, request.origin, answers[key], sent=sent)
         out = []
-        for i, (key, request) in enumerate(zip(keys, requests, strict=True)):
-            answer = answers[key]
-            self.ledger.add(
-                self.identity.model, request.origin, answer, sent=key in missing and missing[key] is request
-            )
+        for i, key in enumerate(keys):
+            answer = answers[key].plain() if isinstance(answers[key], PaidFailure) else answers[key]
             if on_reply is not None:
                 on_reply(i, answer)
             out.append(answer)
@@ -229,18 +261,15 @@ class CachedClient:
                     raise BudgetExceeded(self._spent(len(waiting), stage))
 
                 def keep(i: int, answer: Any, keys: list[str] = round_keys) -> None:
-                    answers[keys[i]] = answer
+                    answers[keys[i]] = answer = _checked(answer)
                     bar.advance()
-                    if isinstance(answer, Failure):
-                        if answer.code not in ANSWER_CODES:
-                            return
-                        stored: dict[str, Any] = {"failure": to_dict(answer)}
-                    else:
-                        self.spent_tokens += answer.usage.total_tokens
-                        self.spent_usd += self.price.of(answer.usage) if self.price else 0.0
-                        stored = to_dict(answer)
+                    if isinstance(answer, Failure) and answer.code not in ANSWER_CODES:
+                        if answer.code == "pending":  # written to a batch: it will be paid for
+                            self._spend(expected_usage(self, missing[keys[i]]))
+                        return
+                    self._spend(getattr(answer, "usage", Usage()))
                     if self.cache is not None:
-                        self.cache.put(keys[i], stored, request=request_dict(missing[keys[i]]))
+                        self.cache.put(keys[i], stored_form(answer), request=request_dict(missing[keys[i]]))
 
                 with self.cache.batch(atomic=self.capabilities.local) if self.cache is not None else nullcontext():
                     replies = send([missing[k] for k in round_keys], on_reply=keep)
@@ -248,6 +277,10 @@ class CachedClient:
                         if round_keys[i] not in answers:  # a back-end without on_reply
                             keep(i, answer)
                 waiting = [k for k in waiting if k not in answers]
+
+    def _spend(self, usage: Usage) -> None:
+        self.spent_tokens += usage.total_tokens
+        self.spent_usd += self.price.of(usage) if self.price else 0.0
 
     def _affordable(self, waiting: list[str], requests: Mapping[str, Any]) -> list[str]:
         if self.max_tokens is None and self.max_cost_usd is None:
@@ -286,16 +319,18 @@ def open_client(
     max_cost_usd: float | None = None,
     ledger: Ledger | None = None,
     keep_requests: bool = False,
+    backend: Client | None = None,
     **options: Any,
 ) -> CachedClient:
-    """The client ``autointerp/clients/<name>.py`` with ``options``, behind the reply cache file ``replies``
-    (``results/replies.sqlite``; None = no cache)."""
+    """The client ``autointerp/clients/<name>.py`` with ``options``, or ``backend``, one that is open, behind the reply
+    cache file ``replies`` (``results/replies.sqlite``; None = no cache)."""
     from sae.plugins import find
 
-    plugin = find("autointerp.clients", name)
-    if name == "replay":
-        require(replies is not None, "the replay client needs the file of replies to answer from")
-        options["replies"] = replies
-    backend = plugin(**options)
+    if backend is None:
+        plugin = find("autointerp.clients", name)
+        if name == "replay":
+            require(replies is not None, "the replay client needs the file of replies to answer from")
+            options["replies"] = replies
+        backend = plugin(**options)
     cache = ReplyCache(replies, keep_requests=keep_requests) if replies is not None else None
     return CachedClient(backend, cache, ledger=ledger, max_tokens=max_tokens, max_cost_usd=max_cost_usd)

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from autointerp.engine_options import engine_options
 from autointerp.judge_sizes import JudgeSizes
+from autointerp.retries import check_base_url
 from sae.config import require
 
 
@@ -70,8 +73,22 @@ class InterpConfig:
     OpenAI's Batch API)."""
     llm: str | None = None
     """Model name for the client; by default the embedded model."""
+    llm_revision: str | None = None
+    """Of a model on the hub; of a server, what tells apart two models that it serves under one name. Part of the key of
+    every reply."""
     base_url: str | None = None
     """openai: any compatible URL. The key is read from OPENAI_API_KEY."""
+    concurrency: int = 32
+    """openai: requests in flight."""
+    timeout_s: float = 120.0
+    """openai: for one answer, its wait for a place at the server included."""
+    next_token: bool = False
+    """openai: the server gives log-probabilities of an answer's first token."""
+    replicas: int = 1
+    """vllm: engines side by side (data parallel), each on GPUs of its own."""
+    vllm: tuple[str, ...] = ()
+    """vllm: NAME=VALUE for its engines, such as gpu_memory_utilization=0.5, max_model_len=8192,
+    tensor_parallel_size=2."""
     embedder: str = "default"
     """Sentence embedding model of the embedded judges: `default` (MiniLM from its wheel), `none`, or a folder."""
     max_llm_tokens: int | None = None
@@ -83,6 +100,15 @@ class InterpConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.engine_options()
+        check_base_url(self.base_url)
+        require(self.concurrency >= 1 and self.timeout_s > 0, "concurrency and timeout_s must be positive")
+        priced = self.max_cost_usd is None or self.prices is not None
+        require(priced, "a limit on the cost needs prices; give --interp.prices FILE")
         require(self.candidates >= 1, f"candidates must be positive, got {self.candidates}")
         most = self.costly_latents
         require(most is None or most >= 1, f"costly_latents must be positive or None, got {most}")
+
+    def engine_options(self) -> dict[str, Any]:
+        """``vllm`` as options of an engine; :class:`sae.errors.ConfigError` for what cannot be."""
+        return engine_options(self.client, self.replicas, self.vllm)

@@ -58,6 +58,12 @@ def licence_of(source: str) -> Licence:
     return Licence(source, data["otherwise"]["licence"], data["otherwise"]["status"])
 
 
+def model_licence(name: str) -> str:
+    """Of the embedded model; of any other it is not stated here."""
+    data = json.loads(resources.files("autointerp").joinpath("licences.json").read_text(encoding="utf-8"))
+    return str(data["models"].get(name, "see its own card"))
+
+
 def blocked(sources: Sequence[str]) -> list[Licence]:
     """Sources whose texts are non-commercial or of unstated licence."""
     return [found for s in sorted(set(sources)) if (found := licence_of(s)).status not in FREE]
@@ -89,12 +95,13 @@ def _saes(cfgs: Mapping[str, Mapping[str, Any]], tables: Mapping[str, pd.DataFra
         meta = cfg.get("meta") or {}
         mine = tables["explanations"][tables["explanations"]["sae_id"] == sae_id]
         rows.append((
-            sae_id, meta.get("lm", "unknown"), str(meta.get("lm_revision", "unknown"))[:16],
-            meta.get("hookpoint", "unknown"),
+            sae_id, meta.get("lm", "unknown"), model_licence(str(meta.get("lm"))),
+            str(meta.get("lm_revision", "unknown"))[:16], meta.get("hookpoint", "unknown"),
             cfg.get("architecture", ""), cfg.get("d_sae", ""), mine["latent"].nunique(), len(mine),
             int(mine["failure_code"].notna().sum()),
         ))
-    head = ("SAE", "language model", "revision", "hookpoint", "architecture", "latents", "explained", "texts", "failed")
+    head = ("SAE", "language model", "its licence", "revision", "hookpoint", "architecture", "latents", "explained",
+            "texts", "failed")  # fmt: skip
     return _table(head, rows)
 
 
@@ -171,6 +178,9 @@ def card(
         "## Texts and licences\n\nThe windows are short quotations from these files. Statuses are as far as known and "
         "**not verified**; `non_commercial` and `not_stated` texts need a further look before they are published.\n\n"
         + _licences(sources, windows.to_dict()),
+        "## Repeat it\n\n`python -m autointerp score --client replay --llm MODEL` (and `explain`) on the folder that "
+        "this was exported from answers every request from its `replies.sqlite`: no key, no server, the same bytes. A "
+        "request that was never answered is an error, not a call.\n",
         "## Where it came from\n\n" + _table(("SAE", "artefact", "key"), keys)
         + "\n`manifest.json` holds the sha256 of every file, the versions and the command.\n",
     ]

@@ -7,16 +7,20 @@ import argparse
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from autointerp.door_tables import say_estimate, say_scores
 from sae import console
 from sae.errors import ArtefactError, ConfigError, Unsupported, did_you_mean
 
 if TYPE_CHECKING:
+    from autointerp.config import ExemplarConfig
     from autointerp.exemplars import ExemplarTable
     from autointerp.fan_out import FanOut
+    from autointerp.latent_cache import LatentCache
     from autointerp.workplace import Opened, Workplace
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,9 @@ def add_explain(doors: Any) -> None:
     door.add_argument("--sample", type=int, help="so many latents, drawn uniformly from the eligible ones")
     door.add_argument("--explainers", help="file names in autointerp/explainers, separated by commas")
     door.add_argument("--candidates", type=int, default=1, help="texts per latent of a model that writes (default: 1)")
+    door.add_argument("--exemplars", action="append", default=[], metavar="NAME=VALUE",
+                      help="draw windows anew with this setting, such as score_embedding_near=5 (may be repeated); "
+                           "all else as in the newest exemplars")  # fmt: skip
 
 
 def add_score(doors: Any) -> None:
@@ -51,10 +58,15 @@ def _add_common(door: argparse.ArgumentParser) -> None:
     door.add_argument("--device", default="cpu")
     door.add_argument("--client", default="transformers", help="file name in autointerp/clients")
     door.add_argument("--llm", help="name of the model for the client (default: the embedded one)")
+    door.add_argument("--llm-revision", help="of a hub id; of a server, what tells apart two models under one name")
     door.add_argument("--base-url", help="openai: any compatible server; the key is read from OPENAI_API_KEY")
     door.add_argument("--next-token", action="store_true", help="openai: the server gives log-probabilities")
     door.add_argument("--concurrency", type=int, default=32, help="openai: requests in flight (default: 32)")
     door.add_argument("--timeout-s", type=float, default=120.0, help="openai: for one answer (default: 120)")
+    door.add_argument("--replicas", type=int, default=1, metavar="N",
+                      help="vllm: so many engines side by side, each on GPUs of its own (default: 1)")  # fmt: skip
+    door.add_argument("--vllm", action="append", default=[], metavar="NAME=VALUE",
+                      help="vllm: for its engines: max_model_len=8192, tensor_parallel_size=2, ...")  # fmt: skip
     door.add_argument("--embedder", default="default", help="default, none, or a folder")
     door.add_argument("--seed", type=int, default=0)
     door.add_argument("--max-llm-tokens", type=int, help="stop cleanly once so many LLM tokens were used")
@@ -73,16 +85,17 @@ def run_explain(options: argparse.Namespace) -> None:
     from autointerp.output_tokens import output_tokens
     from autointerp.workplace import needs_of
 
-    for place, here in _places(options):
+    spent = _Spent()
+    for place, here in _places(options, spent):
         explainers = _explainers(options)
-        table = _exemplars(options, place)
+        table = _exemplars(options, place, here)
         if options.dry_run:
-            _say_estimate(here, explainers, [], len(table.latents))
+            say_estimate(place, here.tokenizer, explainers, [], table)
             continue
-        ctx = here.explaining(needs_of(explainers))
+        ctx = here.explaining(needs_of(explainers), place)
         _check_needs(explainers, ctx)
         fan = _fan(options, place)
-        with _ledger_kept(place, here, fan, "explain"):
+        with _ledger_kept(place, here, fan, "explain", spent):
             folder = pipeline.explain(
                 place.root, table, explainers, ctx, force=options.force, fan=fan,
                 output_tokens=output_tokens(here.lm(), here.sae, table.latents),
@@ -103,7 +116,8 @@ def run_score(options: argparse.Namespace) -> None:
     from autointerp.workplace import needs_of
     from sae.manifest import artefact_dir, read_manifest
 
-    for place, here in _places(options):
+    spent = _Spent()
+    for place, here in _places(options, spent):
         scorers = _scorers(options)
         explanations = _explanations(options, place)
         table = ExemplarTable.open(
@@ -112,28 +126,58 @@ def run_score(options: argparse.Namespace) -> None:
         if options.dry_run:
             there = sorted({e.explainer for e in pipeline.open_explanations(explanations)})
             stand_ins = [SimpleNamespace(name=name, needs=frozenset()) for name in there]
-            _say_estimate(here, stand_ins, scorers, len(table.latents))
+            say_estimate(place, here.tokenizer, stand_ins, scorers, table)
             continue
-        ctx = here.scoring(needs_of(scorers))
+        ctx = here.scoring(needs_of(scorers), place)
         _check_needs(scorers, ctx)
         fan = _fan(options, place)
-        with _ledger_kept(place, here, fan, "score"):
+        with _ledger_kept(place, here, fan, "score", spent):
             folder = pipeline.score(place.root, explanations, table, scorers, ctx, force=options.force, fan=fan)
-        _say_scores(place.sae_id, pipeline.open_scores(folder))
+        say_scores(place.sae_id, pipeline.open_scores(folder))
         console.say(str(folder))
 
 
-def _places(options: argparse.Namespace) -> Iterator[tuple["Workplace", "Opened"]]:
-    from autointerp.workplace import SERVER_CLIENTS, Workplace, opened
+@dataclass
+class _Spent:
+    """What this run has sent for the SAEs before."""
 
+    tokens: int = 0
+    usd: float = 0.0
+
+
+def _places(options: argparse.Namespace, spent: _Spent) -> Iterator[tuple["Workplace", "Opened"]]:
+    """Per SAE its place, with what the SAEs before have left of the budget. Checks all that needs no model first."""
+    from autointerp.engine_options import engine_options
+    from autointerp.retries import check_base_url
+    from autointerp.vllm_engine import engines_planned
+    from autointerp.workplace import ONE_PROCESS_CLIENTS, SERVER_CLIENTS, Workplace, forget_clients, opened
+
+    if options.llm_revision and not options.llm:
+        raise ConfigError("--llm-revision is of a model; add --llm NAME")
+    check_base_url(options.base_url)
     if (options.llm or options.base_url) and options.client not in (*SERVER_CLIENTS, "transformers"):
         raise ConfigError(f"--client {options.client} takes no --llm or --base-url")
+    if options.max_cost_usd is not None and options.prices is None:
+        raise ConfigError("--max-cost-usd needs --prices FILE, the price of the model")
+    engine = engine_options(options.client, options.replicas, options.vllm)
+    if options.client in ONE_PROCESS_CLIENTS and (options.engine != "local" or options.workers > 1):
+        more = "; --replicas gives it more engines" if options.client == "vllm" else ""
+        raise ConfigError(f"--client {options.client} works in one process: no --workers or --engine ray{more}")
+    if options.client == "vllm":
+        planned = engines_planned(options.replicas, engine)
+        console.say(planned) if options.dry_run else logger.info("%s", planned)
+    if options.client == "batch":
+        forget_clients()
     for sae_id in _sae_ids(options):
+        most, most_usd = options.max_llm_tokens, options.max_cost_usd
         place = Workplace(
             root=options.root, sae_id=sae_id, model=options.model, device=options.device, client=options.client,
-            llm=options.llm, base_url=options.base_url, concurrency=options.concurrency,
-            timeout_s=options.timeout_s, next_token=options.next_token, embedder=options.embedder, seed=options.seed,
-            max_tokens=options.max_llm_tokens, max_cost_usd=options.max_cost_usd, prices=options.prices,
+            llm=options.llm, llm_revision=options.llm_revision, base_url=options.base_url,
+            concurrency=options.concurrency, timeout_s=options.timeout_s, next_token=options.next_token,
+            replicas=options.replicas, engine_options=tuple(engine.items()), embedder=options.embedder,
+            seed=options.seed,
+            max_tokens=None if most is None else max(0, most - spent.tokens),
+            max_cost_usd=None if most_usd is None else max(0.0, most_usd - spent.usd), prices=options.prices,
         )  # fmt: skip
         yield place, opened(place)
 
@@ -167,29 +211,61 @@ def _sae_of(manifest: dict[str, Any], folder: Path) -> str:
     return str(manifest["counts"].get("sae_id"))
 
 
-def _exemplars(options: argparse.Namespace, place: "Workplace") -> "ExemplarTable":
-    """The newest table, or one of the latents asked for, drawn from the newest latent cache."""
-    from autointerp.config import ExemplarConfig
+def _exemplars(options: argparse.Namespace, place: "Workplace", here: "Opened") -> "ExemplarTable":
+    """The newest table; or one of the latents or with the settings asked for, drawn from the newest latent cache."""
     from autointerp.exemplars import ExemplarTable, build_exemplars, sample_latents
     from autointerp.latent_cache import LatentCache
 
-    if options.latents is None and options.sample is None:
-        folder = newest_artefact(place.root, "exemplars", place.sae_id)
-        if folder is not None:
-            return ExemplarTable.open(folder)
+    folder = newest_artefact(place.root, "exemplars", place.sae_id)
+    newest = None if folder is None else ExemplarTable.open(folder)
+    anew = options.latents is not None or options.sample is not None or options.exemplars
+    if newest is not None and not anew:
+        return newest
     where = newest_artefact(place.root, "latents", place.sae_id)
     if where is None:
         raise ArtefactError(f"{place.root} holds no latents of {place.sae_id}; run evals.run_all with this SAE first")
-    cache, cfg = LatentCache.open(where), ExemplarConfig(seed=options.seed)
-    wanted = latents_of(options.latents) if options.latents else None
-    if wanted is None:
+    cache = LatentCache.open(where)
+    cfg = _exemplar_config(options, cache, newest)
+    if options.latents:
+        wanted = latents_of(options.latents)
+    elif options.sample is None and newest is not None:
+        wanted = newest.requested
+    else:
         wanted = [int(i) for i in sample_latents(cache, options.sample or 36, options.seed, cfg).latents]
-    table = build_exemplars(place.root, cache, wanted, cfg)
+    near = {"embedder": here.embedder, "tokenizer": here.tokenizer} if cfg.score_embedding_near else {}
+    table = build_exemplars(place.root, cache, wanted, cfg, **near)
     if missing := sorted(set(wanted) - set(table.latents)):
         logger.warning("%s: %d latents have too few active windows and are left out", place.sae_id, len(missing))
     if not table.latents:
         raise ConfigError(f"{place.sae_id}: none of the {len(wanted)} latents has enough active windows")
     return table
+
+
+def _exemplar_config(
+    options: argparse.Namespace, cache: "LatentCache", newest: "ExemplarTable | None"
+) -> "ExemplarConfig":
+    """Settings of the newest table of this cache, else the default ones on its windows, with ``--exemplars``."""
+    import json
+
+    from autointerp.config import ExemplarConfig
+    from sae.config import from_dict, to_dict
+
+    if newest is not None and newest.latents_key == cache.key:
+        settings = to_dict(newest.config)
+    else:
+        left = min(ExemplarConfig.left_tokens, cache.window_tokens - 1)
+        settings = {"window_tokens": cache.window_tokens, "min_window_tokens": cache.min_window_tokens,
+                    "left_tokens": left}  # fmt: skip
+    settings["seed"] = options.seed
+    for setting in options.exemplars:
+        name, sign, text = setting.partition("=")
+        try:
+            settings[name.strip().replace("-", "_")] = json.loads(text)
+        except ValueError:
+            sign = ""
+        if not sign:
+            raise ConfigError(f"--exemplars {setting!r}: expected NAME=VALUE, such as score_embedding_near=5")
+    return from_dict(ExemplarConfig, settings)
 
 
 def latents_of(text: str) -> list[int]:
@@ -262,11 +338,13 @@ def _fan(options: argparse.Namespace, place: "Workplace") -> "FanOut":
 
 
 @contextmanager
-def _ledger_kept(place: "Workplace", here: "Opened", fan: "FanOut", stage: str) -> Iterator[None]:
-    """Whatever happens inside, what was asked and paid is written to ROOT/ledgers/ and said."""
+def _ledger_kept(place: "Workplace", here: "Opened", fan: "FanOut", stage: str, spent: _Spent) -> Iterator[None]:
+    """Begins the budget; whatever happens inside, what was asked and paid is written to ROOT/ledgers/ and said."""
     from autointerp.fan_out import _add
 
-    ledger = here.client().ledger
+    client = here.client(place)
+    client.allow(place.max_tokens, place.max_cost_usd)
+    ledger = client.ledger
     try:
         yield
     finally:
@@ -276,44 +354,13 @@ def _ledger_kept(place: "Workplace", here: "Opened", fan: "FanOut", stage: str) 
             folder.mkdir(parents=True, exist_ok=True)
             ledger.write(folder / f"{stage}.{place.sae_id}.parquet")
             sums = ledger.totals()
-            cost = "" if sums["cost_usd"] is None else f", {sums['cost_usd']:.4f} US dollars"
+            spent.tokens, spent.usd = spent.tokens + sums["sent_tokens"], spent.usd + (sums["sent_usd"] or 0.0)
+            cost = ""
+            if sums["cost_usd"] is not None:
+                cost = f", {sums['cost_usd']:.4f} US dollars ({sums['sent_usd']:.4f} of them now)"
             console.say(
-                f"{here.client().identity.model}: {sums['requests']:,} requests ({sums['sent']:,} sent now, "
+                f"{client.identity.model}: {sums['requests']:,} requests ({sums['sent']:,} sent now, "
                 f"{sums['failed']:,} failed), {sums['prompt_tokens']:,} prompt and {sums['output_tokens']:,} output "
                 f"tokens{cost}"
             )
             ledger.entries = {}
-
-
-def _say_estimate(here: "Opened", explainers: Sequence[Any], scorers: Sequence[Any], n_latents: int) -> None:
-    from autointerp.config import ExemplarConfig
-    from autointerp.estimate import estimate
-
-    client = here.client()
-    stages = estimate(
-        explainers, scorers, ExemplarConfig(), latents=n_latents, tokenizer=here.tokenizer,
-        capabilities=client.capabilities, embedder=here.place.embedder != "none",
-    )  # fmt: skip
-    rows = [(s.stage, f"{s.requests:,}", f"{s.prompt_tokens:,}", f"{s.output_tokens:,}") for s in stages]
-    console.table(f"{here.place.sae_id}: {n_latents} latents, {client.identity.model}",
-                  ("stage", "requests", "prompt tokens", "output tokens at most"), rows, right=(1, 2, 3))
-
-
-def _say_scores(sae_id: str, found: Any) -> None:
-    """Per scorer and explainer the mean of each headline over latents, with its floor and the judge's check."""
-    import numpy as np
-
-    headline = ("auc", "balanced_accuracy", "accuracy", "pearson", "surprisal_gain", "choice", "choice_likelihood")
-    values: dict[tuple[str, str, str, str], list[float]] = {}
-    for s in found.scores:
-        if not s.group and s.metric in headline and s.value is not None:
-            values.setdefault((s.scorer, s.explainer, s.metric, s.floor_kind), []).append(s.value)
-    weak = {c.scorer: c.weak for c in found.checks}
-    rows = []
-    for (scorer, explainer, metric, floor), mine in sorted(values.items()):
-        if not floor:
-            under = values.get((scorer, explainer, metric, "shuffled"))
-            below = "" if not under else f"{np.mean(under):.3f}"
-            note = "weak judge" if weak.get(scorer) else ""
-            rows.append((scorer, explainer, metric, f"{np.mean(mine):.3f}", below, len(mine), note))
-    console.table(sae_id, ("scorer", "explainer", "metric", "mean", "shuffled", "latents", ""), rows, right=(3, 4, 5))

@@ -127,12 +127,17 @@ def estimate(
     return [s for s in stages if s.requests]
 
 
+def capabilities_of(client: str, *, next_token: bool = False) -> Capabilities:
+    """What a client will be able to do, without opening it."""
+    return CAPABILITIES.get(client, Capabilities(structured="json_schema", next_token=next_token))
+
+
 def planned(cfg: InterpConfig, exemplars: ExemplarConfig, tokenizer: Any) -> list[StageEstimate]:
     """The estimate of a configuration, before any client is opened."""
     return estimate(
         *plugins_of(cfg), exemplars, latents=cfg.latents, tokenizer=tokenizer,
         check_descriptions=cfg.sizes.check_descriptions,
-        capabilities=CAPABILITIES.get(cfg.client, Capabilities()), embedder=cfg.embedder != "none",
+        capabilities=capabilities_of(cfg.client, next_token=cfg.next_token), embedder=cfg.embedder != "none",
     )  # fmt: skip
 
 

@@ -16,13 +16,13 @@ from autointerp.interfaces import ScoreJob, Scorer, ScoreResult
 from autointerp.ledger import LedgerEntry, LedgerKey
 from autointerp.pipeline import OutputTokens, explain_part
 from autointerp.workplace import Workplace, exemplar_table, needs_of, opened
-from sae.engines import EngineName, Failure, run_jobs
-from sae.errors import BudgetExceeded, ConfigError, NoAnswer, SaescopeError, Unsupported
+from sae.engines import EngineName, Failure, failure_of, run_jobs
+from sae.errors import ArtefactError, BudgetExceeded, ConfigError, DataError, NoAnswer, SaescopeError, Unsupported
 
 PART_LATENTS = 64
 Entries = dict[LedgerKey, LedgerEntry]
 _KNOWN: dict[str, type[SaescopeError]] = {
-    e.__name__: e for e in (BudgetExceeded, ConfigError, NoAnswer, SaescopeError, Unsupported)
+    e.__name__: e for e in (ArtefactError, BudgetExceeded, ConfigError, DataError, NoAnswer, SaescopeError, Unsupported)
 }
 
 
@@ -37,6 +37,7 @@ class _ExplainJob(NamedTuple):
     explainers: tuple[Any, ...]
     output_tokens: OutputTokens
     prompted: bool
+    apart: bool
 
 
 class _ScoreJob(NamedTuple):
@@ -45,29 +46,38 @@ class _ScoreJob(NamedTuple):
     sample: tuple[int, ...]
     number: int
     jobs: tuple[ScoreJob, ...]
+    apart: bool
 
 
-def explain_job(job: _ExplainJob) -> tuple[Choice, Entries]:
-    """One part explained, in whatever process; and what it asked of the language model."""
-    here = opened(_kept(job.place))
+def explain_job(job: _ExplainJob) -> tuple[Choice | Failure, Entries]:
+    """One part explained, in whatever process; and what it asked of the language model, even where it failed."""
+    here = opened(job.place)
     ctx = here.explaining(needs_of(job.explainers), job.place)
     table = exemplar_table(job.exemplars)
-    with _Counted(ctx.client) as counted:
-        choice = explain_part(job.latents, table, job.explainers, ctx, job.output_tokens, prompted=job.prompted)
-    return choice, counted.entries
+
+    def work() -> Choice:
+        return explain_part(job.latents, table, job.explainers, ctx, job.output_tokens, prompted=job.prompted)
+
+    return _counted(work, ctx.client, job.place, job.apart)
 
 
-def score_job(job: _ScoreJob) -> tuple[list[ScoreResult], Entries]:
+def score_job(job: _ScoreJob) -> tuple[list[ScoreResult] | Failure, Entries]:
     """One part scored by one scorer, in whatever process."""
-    ctx = replace(opened(_kept(job.place)).scoring(needs_of([job.scorer]), job.place), latents=job.sample)
-    with _Counted(ctx.client) as counted:
-        results = job.scorer.score_many(list(job.jobs), ctx)
-    return results, counted.entries
+    ctx = replace(opened(job.place).scoring(needs_of([job.scorer]), job.place), latents=job.sample)
+    return _counted(lambda: job.scorer.score_many(list(job.jobs), ctx), ctx.client, job.place, job.apart)
 
 
-def _kept(place: Workplace) -> Workplace:
-    """The place without what differs from part to part."""
-    return replace(place, max_tokens=None, max_cost_usd=None, concurrency=1)
+def _counted(work: Callable[[], Any], client: Any, place: Workplace, apart: bool) -> tuple[Any, Entries]:
+    """Result or failure, and the ledger lines. ``apart``: the part has a budget of its own, that of ``place``, whatever
+    the parts before it in this process have spent."""
+    if apart:
+        client.allow(place.max_tokens, place.max_cost_usd)
+    with _Counted(client) as counted:
+        try:
+            result = work()
+        except Exception as error:
+            result = failure_of(error)
+    return result, counted.entries
 
 
 class _Counted:
@@ -81,9 +91,11 @@ class _Counted:
             self.before, self.ledger.entries = self.ledger.entries, {}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.ledger is not None:
             self.entries, self.ledger.entries = self.ledger.entries, self.before
+            if kind is not None:  # interrupted: nobody takes them, so they stay
+                _add(self.ledger.entries, self.entries)
 
 
 @dataclass
@@ -109,7 +121,7 @@ class FanOut:
         jobs = [
             _ExplainJob(
                 self._share(len(part) / len(exemplars.latents)), exemplars.folder, part, tuple(explainers),
-                {i: output_tokens[i] for i in part if i in output_tokens}, prompted,
+                {i: output_tokens[i] for i in part if i in output_tokens}, prompted, self._apart,
             )
             for part in self._parts(exemplars.latents)
         ]  # fmt: skip
@@ -120,7 +132,8 @@ class FanOut:
     ) -> list[list[ScoreResult]]:
         """Per scorer one result per job, in their order. The parts of all scorers are handed out together."""
         part_of = {i: n for n, part in enumerate(self._parts(exemplars.latents)) for i in part}
-        total = sum(len(jobs) for _, jobs in tasks)
+        asking = [any(need.startswith("client:") for need in scorer.needs) for scorer, _ in tasks]
+        total = sum(len(jobs) for asks, (_, jobs) in zip(asking, tasks, strict=True) if asks)
         sample = tuple(exemplars.latents)
         parts: list[_ScoreJob] = []
         places: list[tuple[int, list[int]]] = []  # of each part: whose it is, and where its results go
@@ -129,8 +142,8 @@ class FanOut:
             for index, job in enumerate(jobs):
                 members.setdefault(part_of[job.latent], []).append(index)
             for _, mine in sorted(members.items()):
-                share = self._share(len(mine) / total)
-                parts.append(_ScoreJob(share, scorer, sample, len(parts), tuple(jobs[i] for i in mine)))
+                share = self._share(len(mine) / total if asking[s] else 0.0)
+                parts.append(_ScoreJob(share, scorer, sample, len(parts), tuple(jobs[i] for i in mine), self._apart))
                 places.append((s, mine))
         found: list[list[Any]] = [[None] * len(jobs) for _, jobs in tasks]
         done = self._run(score_job, parts, lambda job: job.number)
@@ -143,21 +156,34 @@ class FanOut:
         n = self.part_latents
         return [tuple(latents[start : start + n]) for start in range(0, len(latents), n)]
 
+    @property
+    def _apart(self) -> bool:
+        """Whether parts are done where nobody sees what the others spend."""
+        return self.engine != "local" or self.workers > 1
+
     def _share(self, part: float) -> Workplace:
-        return self.place.share(part, self.workers)
+        if not self._apart:
+            return self.place
+        if self.place.max_tokens is None and self.place.max_cost_usd is None:
+            return self.place.share(part, self.workers)
+        here = opened(self.place).client(self.place)  # has checked the judges
+        return self.place.share(part, self.workers, here.spent_tokens, here.spent_usd)
 
     def _run(self, function: Callable[[Any], Any], jobs: Sequence[Any], order: Callable[[Any], int]) -> list[Any]:
         """Results in the order of the parts. The first failure is raised once every part has had its turn."""
         done: dict[int, Any] = {}
         failed: list[Failure] = []
+        gpus = float(self.place.device.startswith("cuda"))
         for job, result in run_jobs(
-            function, jobs, engine=self.engine, workers=self.workers, threads=self.threads
+            function, jobs, engine=self.engine, workers=self.workers, threads=self.threads, gpus=gpus
         ):
+            if not isinstance(result, Failure):
+                result, entries = result
+                _add(self.entries, entries)
             if isinstance(result, Failure):
                 failed.append(result)
             else:
-                done[order(job)], entries = result
-                _add(self.entries, entries)
+                done[order(job)] = result
         if failed:
             first = failed[0]
             kind = _KNOWN.get(first.error, PartsFailed)

@@ -7,7 +7,7 @@ shipped.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -47,6 +47,8 @@ class LedgerEntry:
     """Requests sent to the model in this run; the others were answered from the reply cache."""
     sent_tokens: int = 0
     """Prompt + output tokens of those."""
+    sent_cached_tokens: int = 0
+    sent_output_tokens: int = 0
 
 
 class Price(NamedTuple):
@@ -58,9 +60,11 @@ class Price(NamedTuple):
 
     def of(self, usage: "Usage") -> float:
         """US dollars for so many tokens."""
-        fresh = usage.prompt_tokens - usage.cached_tokens
-        sums = fresh * self.prompt + usage.cached_tokens * self.cached + usage.output_tokens * self.output
-        return sums / TOKENS_PER_PRICE
+        return self.of_tokens(usage.prompt_tokens, usage.cached_tokens, usage.output_tokens)
+
+    def of_tokens(self, prompt: int, cached: int, output: int) -> float:
+        """US dollars for prompt tokens, the cached ones among them, and output tokens."""
+        return ((prompt - cached) * self.prompt + cached * self.cached + output * self.output) / TOKENS_PER_PRICE
 
 
 def load_prices(path: Path | None = None) -> dict[str, Price]:
@@ -89,43 +93,63 @@ class Ledger:
         entry = self.entries.setdefault(key, LedgerEntry())
         entry.requests += 1
         entry.sent += sent
-        if isinstance(answer, Failure):
-            entry.failed += 1
+        entry.failed += isinstance(answer, Failure)
+        usage: Usage | None = getattr(answer, "usage", None)
+        if usage is None:
             return
-        entry.prompt_tokens += answer.usage.prompt_tokens
-        entry.cached_tokens += answer.usage.cached_tokens
-        entry.output_tokens += answer.usage.output_tokens
-        entry.sent_tokens += answer.usage.total_tokens if sent else 0
+        entry.prompt_tokens += usage.prompt_tokens
+        entry.cached_tokens += usage.cached_tokens
+        entry.output_tokens += usage.output_tokens
+        if sent:
+            entry.sent_tokens += usage.total_tokens
+            entry.sent_cached_tokens += usage.cached_tokens
+            entry.sent_output_tokens += usage.output_tokens
 
     def cost_usd(self, keys: Iterable[LedgerKey] | None = None) -> float | None:
         """Price of the requests (as if none had been cached); None if a model among them has no price."""
+        return self._cost(keys, lambda e: (e.prompt_tokens, e.cached_tokens, e.output_tokens))
+
+    def sent_usd(self, keys: Iterable[LedgerKey] | None = None) -> float | None:
+        """Price of what was sent in this run; None if a model among them has no price."""
+        return self._cost(
+            keys, lambda e: (e.sent_tokens - e.sent_output_tokens, e.sent_cached_tokens, e.sent_output_tokens)
+        )
+
+    def _cost(
+        self, keys: Iterable[LedgerKey] | None, tokens: Callable[[LedgerEntry], tuple[int, int, int]]
+    ) -> float | None:
         total = 0.0
         for key in self.entries if keys is None else keys:
-            price, entry = self.prices.get(key.model), self.entries[key]
+            price = self.prices.get(key.model)
             if price is None:
                 return None
-            fresh = entry.prompt_tokens - entry.cached_tokens
-            total += fresh * price.prompt + entry.cached_tokens * price.cached + entry.output_tokens * price.output
-        return total / TOKENS_PER_PRICE
+            total += price.of_tokens(*tokens(self.entries[key]))
+        return total
 
     def totals(self) -> dict[str, Any]:
         """Sums over all lines, for a manifest or a summary."""
         names = LedgerEntry.__dataclass_fields__
         sums: dict[str, Any] = {name: sum(getattr(e, name) for e in self.entries.values()) for name in names}
-        return {**sums, "cost_usd": self.cost_usd() if self.entries else None}
+        known = bool(self.entries)
+        return {
+            **sums, "cost_usd": self.cost_usd() if known else None, "sent_usd": self.sent_usd() if known else None
+        }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict per line, sorted by its key."""
         return [
-            {**key._asdict(), **vars(self.entries[key]), "cost_usd": self.cost_usd([key])}
+            {
+                **key._asdict(), **vars(self.entries[key]), "cost_usd": self.cost_usd([key]),
+                "sent_usd": self.sent_usd([key]),
+            }
             for key in sorted(self.entries)
-        ]
+        ]  # fmt: skip
 
     def frame(self) -> "pd.DataFrame":
         """The lines as a table."""
         import pandas as pd
 
-        columns = [*LedgerKey._fields, *LedgerEntry.__dataclass_fields__, "cost_usd"]
+        columns = [*LedgerKey._fields, *LedgerEntry.__dataclass_fields__, "cost_usd", "sent_usd"]
         return pd.DataFrame(self.rows(), columns=columns)
 
     def write(self, path: Path) -> None:

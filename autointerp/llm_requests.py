@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from autointerp.records import Failure
 from sae.config import require, to_dict
 from sae.manifest import canonical_json, sha256_text
 
@@ -174,6 +175,18 @@ class LogprobReply:
         return tuple(s / n for s, n in zip(self.sums, self.counts, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaidFailure(Failure):
+    """An answer that was paid for and holds nothing to read. Between a back-end and the ledger; callers get the
+    plain failure."""
+
+    usage: Usage = Usage()
+
+    def plain(self) -> Failure:
+        """Without the price."""
+        return Failure(code=self.code, stage=self.stage, detail=self.detail, request_key=self.request_key)
+
+
 AnyReply = Reply | LogprobReply
 
 
@@ -185,6 +198,11 @@ class Identity:
     """Kind of engine, e.g. "openai" or "transformers/float32"; never a URL or a key."""
     model: str
     revision: str = ""
+
+
+def rough_tokens(text: str) -> int:
+    """UTF-8 bytes / 3, rounded up: above what tokenizers make of English, about what they make of other scripts."""
+    return -(-len(text.encode("utf-8", "surrogatepass")) // 3)
 
 
 def request_dict(request: Request) -> dict[str, Any]:

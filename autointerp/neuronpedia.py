@@ -17,6 +17,7 @@ import pandas as pd
 from autointerp.dataset import find_chains
 from autointerp.exemplars import ExemplarTable
 from autointerp.latent_stats import HISTOGRAM_BINS
+from autointerp.openai_wire import whole_characters
 from autointerp.records import Explanation
 from autointerp.tables import read_jsonl, write_jsonl, write_parquet
 from sae.errors import ArtefactError, ConfigError, DataError
@@ -229,7 +230,7 @@ def import_explanations(root: Path, folder: Path, exemplars: ExemplarTable) -> P
     found: list[Explanation] = []
     seen: dict[int, int] = {}
     for row in rows:
-        latent, text = row["index"], " ".join(row["description"].split())
+        latent, text = row["index"], " ".join(whole_characters(row["description"]).split())
         if latent not in wanted or not text:
             continue
         n = seen[latent] = seen.get(latent, -1) + 1

@@ -89,8 +89,10 @@ def json_object(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | Failur
     """The JSON object of a reply, checked against ``schema``.
 
     The whole text is read, else the last fenced block, else what lies between the first opening and the last closing
-    brace. Failures: ``no_json``, ``schema``.
+    brace; thoughts that a model writes before its answer (``<think>...</think>``) are left out. Failures: ``no_json``,
+    ``schema``.
     """
+    text = text.rpartition("</think>")[2]
     fenced = _FENCE.findall(text)
     first, last = text.find("{"), text.rfind("}")
     for candidate in (text, fenced[-1] if fenced else "", text[first : last + 1] if 0 <= first < last else ""):

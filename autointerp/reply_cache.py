@@ -20,6 +20,7 @@ from sae.manifest import canonical_json
 BUSY_TIMEOUT_S = 60.0
 LAYOUT_VERSION = 1
 _KEYS_PER_QUERY = 500
+_INSERT = "INSERT OR REPLACE INTO replies VALUES (?,?,?,?,?,?,?,?,?,?)"
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS replies(
@@ -55,7 +56,9 @@ class ReplyCache:
         """
         self.path, self.keep_requests = Path(path), keep_requests
         self._lock = threading.Lock()
-        self._atomic = False
+        self._held: list[tuple[Any, ...]] | None = None
+        """Rows of a block that is to be stored whole. Held here and not in a transaction, which would keep all other
+        processes from writing while a model computes."""
         if must_exist and not self.path.is_file():
             raise ArtefactError(f"there is no reply cache {self.path}; run the stage once with a real client")
         try:
@@ -103,24 +106,25 @@ class ReplyCache:
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )  # fmt: skip
         with self._lock, self._errors():
-            self._db.execute("INSERT OR REPLACE INTO replies VALUES (?,?,?,?,?,?,?,?,?,?)", row)
-            if not self._atomic:
-                self._db.commit()
+            if self._held is not None:
+                self._held.append(row)
+                return
+            self._db.execute(_INSERT, row)
+            self._db.commit()
 
     @contextmanager
     def batch(self, *, atomic: bool) -> Iterator[None]:
         """Put several replies. ``atomic``: all of them or, after an error or a kill, none. Otherwise each stays."""
-        self._atomic = atomic
+        if not atomic:
+            yield
+            return
+        self._held = []
         try:
             yield
-        except BaseException:
-            if atomic:
-                with self._lock:
-                    self._db.rollback()
-            raise
+            with self._lock, self._errors(), self._db:  # one transaction: committed, or rolled back after an error
+                self._db.executemany(_INSERT, self._held)
         finally:
-            self._atomic = False
-            self.commit()
+            self._held = None
 
     def request(self, key: str) -> dict[str, Any] | None:
         """The request stored with a reply, if it was kept."""

@@ -10,6 +10,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
+
+from sae.errors import ConfigError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_DETAIL_CHARS = 300
@@ -27,6 +30,7 @@ class Retries:
     """Doubles per attempt; the wait is uniform between 0 and it (full jitter)."""
     max_delay_s: float = 60.0
     total_s: float = 600.0
+    """Of all attempts and waits of one request together."""
 
 
 class Retry(Exception):
@@ -34,7 +38,7 @@ class Retry(Exception):
 
     def __init__(self, code: str, detail: str, after_s: float | None = None) -> None:
         super().__init__(detail)
-        self.code, self.after_s = code, after_s
+        self.code, self.after_s, self.attempts = code, after_s, 1
 
 
 class Gate:
@@ -99,6 +103,21 @@ class Lines:
             return await self.sdks[line].post(path, **options)
         finally:
             self.busy[line] -= 1
+
+
+def check_base_url(url: str | None) -> None:
+    """:class:`ConfigError` for what is no URL, and for one that carries a secret: options are written into manifests,
+    the environment is not."""
+    if not url:
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError("a base URL begins with http:// or https://, as in http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            f"the base URL of {parts.hostname} holds a user, a password or a query; keys are read from {KEY_VARIABLE}, "
+            "and a URL that needs more than that from OPENAI_BASE_URL"
+        )
 
 
 def retry_after_s(headers: Any) -> float | None:

@@ -5,14 +5,14 @@ Only plain values cross: the engines may live elsewhere. vLLM is imported when a
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from sae.errors import MissingExtra
+from sae.errors import ConfigError, MissingExtra, SaescopeError
 
-GPU_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -143,37 +143,61 @@ class Replicas:
         opened = [
             pool.submit(_open, dict(options), devices) for pool, devices in zip(self._pools, slices, strict=True)
         ]  # all load at once
-        self.tokenizer, self.context_tokens, self.dtype = [f.result() for f in opened][0]
+        self.tokenizer, self.context_tokens, self.dtype = self._results(opened)[0]
 
     def run(self, wanted: Sequence[Wanted]) -> list[Found]:
-        """In order."""
+        """In order. :class:`SaescopeError` where an engine's process ended."""
+        if not self._pools:
+            raise SaescopeError("the vLLM engines have ended; run the same command again")
         parts = shared_out([len(w.prompt) + w.max_tokens for w in wanted], len(self._pools))
         jobs = [pool.submit(_run, wanted[p.start : p.stop]) for pool, p in zip(self._pools, parts, strict=True)]
-        return [found for job in jobs for found in job.result()]
+        return [found for part in self._results(jobs) for found in part]
+
+    def _results(self, jobs: Sequence[Future[Any]]) -> list[Any]:
+        try:
+            return [job.result() for job in jobs]
+        except BrokenProcessPool:
+            n = len(self._pools)
+            self.close()
+            raise SaescopeError(
+                f"one of {n} vLLM engines ended (killed, or out of memory); replies so far are stored: "
+                "run the same command again, with fewer --replicas if it was memory"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """End the processes."""
-        for pool in self._pools:
-            pool.shutdown()
+        """End the processes; idempotent."""
+        pools, self._pools = self._pools, []
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
 def device_slices(n: int, each: int, visible: str | None) -> list[str | None]:
-    """Devices of each engine: ``each`` of those visible; None where nothing says which there are and one engine asks
-    for nothing special (a processor)."""
+    """Devices of each engine: ``each`` of those visible (``CUDA_VISIBLE_DEVICES``; None: all there are). None where
+    there are none at all: the engines share the processor. :class:`ConfigError` where there are too few."""
     if visible is None:
         import torch
 
-        count = torch.cuda.device_count()
-        if count == 0:
-            return [None] * n
-        names = [str(i) for i in range(count)]
+        names = [str(i) for i in range(torch.cuda.device_count())]
     else:
-        names = [name for name in visible.split(",") if name]
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+    if not names:
+        return [None] * n
     if len(names) < n * each:
-        from sae.errors import ConfigError
-
-        raise ConfigError(f"{n} vLLM engines of {each} devices need {n * each}, and {len(names)} are visible")
+        raise ConfigError(
+            f"{n} vLLM engines of {each} GPU each need {n * each}, and {len(names)} "
+            f"{'is' if len(names) == 1 else 'are'} visible; lower --replicas or tensor_parallel_size"
+        )
     return [",".join(names[i * each : (i + 1) * each]) for i in range(n)]
+
+
+def engines_planned(replicas: int, options: Mapping[str, Any]) -> str:
+    """What is to be opened, for a plan; :class:`ConfigError` where there are too few GPUs. Opens nothing."""
+    slices = device_slices(replicas, int(options.get("tensor_parallel_size", 1)), os.environ.get(DEVICES))
+    where = "on the processor" if slices[0] is None else "on GPU " + " | ".join(str(part) for part in slices)
+    return f"vllm: {replicas} engine{'' if replicas == 1 else 's side by side'} {where}"
 
 
 def shared_out(sizes: Sequence[int], n: int) -> list[range]:

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autointerp.client import CachedClient, open_client
+from autointerp.client import CachedClient, Client, open_client
 from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
 from autointerp.ledger import Ledger, load_prices
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from sae.language_model import LanguageModel
 
 DEFAULT_CONCURRENCY = 32
-SERVER_CLIENTS = ("openai", "vllm", "batch")
-"""Clients that take a model's name (--llm)."""
-OUTPUT_TOKENS = 10
+SERVER_CLIENTS = ("openai", "vllm", "batch", "replay")
+"""Clients that take the name of a model that is not loaded from here (--llm)."""
+ONE_PROCESS_CLIENTS = ("vllm", "batch")
+"""One object of these serves all parts: engines that fill their devices, files that are written as a whole."""
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +37,7 @@ class Workplace:
     device: str = "cpu"
     client: str = "transformers"
     llm: str | None = None
+    llm_revision: str | None = None
     base_url: str | None = None
     concurrency: int = DEFAULT_CONCURRENCY
     """Requests in flight to a server."""
@@ -43,28 +45,38 @@ class Workplace:
     """For one answer of a server, waiting for its turn included."""
     next_token: bool = False
     """openai: the server returns log-probabilities of its answer's first token."""
+    replicas: int = 1
+    """vllm: engines side by side."""
+    engine_options: tuple[tuple[str, Any], ...] = ()
+    """vllm: (name, value) pairs of :data:`autointerp.engine_options.ENGINE_OPTIONS`."""
     embedder: str = "default"
     seed: int = 0
     max_tokens: int | None = None
     max_cost_usd: float | None = None
     prices: Path | None = None
 
-    def share(self, part: float, workers: int) -> "Workplace":
-        """The same for one of several parts of the work: its share of the budget, and of the places at the server."""
+    def share(self, part: float, workers: int, spent_tokens: int = 0, spent_usd: float = 0.0) -> "Workplace":
+        """The same for one of several parts of the work: its share of what is left of the budget, and of the places at
+        the server."""
+        left, left_usd = self.max_tokens, self.max_cost_usd
         return replace(
             self,
-            max_tokens=None if self.max_tokens is None else int(self.max_tokens * part),
-            max_cost_usd=None if self.max_cost_usd is None else self.max_cost_usd * part,
+            max_tokens=None if left is None else int(max(0, left - spent_tokens) * part),
+            max_cost_usd=None if left_usd is None else max(0.0, left_usd - spent_usd) * part,
             concurrency=max(1, self.concurrency // workers),
         )
 
+    def without_budget(self) -> "Workplace":
+        """What decides which objects are opened: neither budgets nor places at the server."""
+        return replace(self, max_tokens=None, max_cost_usd=None, concurrency=1)
+
 
 class Opened:
-    """What a workplace names, each opened when first asked for."""
+    """What a workplace names, each opened when first asked for. There is one language model behind all of it."""
 
     def __init__(self, place: Workplace) -> None:
         self.place = place
-        self._clients: dict[Workplace, CachedClient] = {}
+        self._clients: dict[int, CachedClient] = {}
 
     @cached_property
     def sae(self) -> "SAE":
@@ -102,32 +114,34 @@ class Opened:
 
     @cached_property
     def embedder(self) -> EmbedderLike | None:
-        from autointerp.embedder import Embedder
-
-        return Embedder.choose(self.place.embedder, device=self.place.device)
+        return _embedder(self.place.embedder, self.place.device)
 
     def client(self, place: Workplace | None = None) -> CachedClient:
-        """The language model behind the reply cache, with the budget of ``place``."""
+        """The language model behind the reply cache; made with the budget of ``place``, which
+        :meth:`CachedClient.allow` changes."""
         place = place or self.place
-        if place not in self._clients:
-            self._clients[place] = open_client(
+        lines = place.concurrency if place.client == "openai" else 0
+        if lines not in self._clients:
+            self._clients[lines] = open_client(
                 place.client, replies=place.root / "replies.sqlite", max_tokens=place.max_tokens,
-                max_cost_usd=place.max_cost_usd, ledger=Ledger(load_prices(place.prices)), **self._options(place),
+                max_cost_usd=place.max_cost_usd, ledger=Ledger(load_prices(place.prices)),
+                backend=_backend(place.client, tuple(self._options(place).items())),
             )  # fmt: skip
-        return self._clients[place]
+        return self._clients[lines]
 
     def _options(self, place: Workplace) -> dict[str, Any]:
+        named = {"model": place.llm} | ({"revision": place.llm_revision} if place.llm_revision else {})
         if place.client == "openai":
             known = {"concurrency": place.concurrency, "next_token": place.next_token, "timeout_s": place.timeout_s}
-            return {"model": place.llm, "base_url": place.base_url, **known}
+            return {**named, "base_url": place.base_url, **known}
         if place.client == "batch":
-            return {"model": place.llm, "folder": place.root / "batch"}
+            return {**named, "folder": place.root / "batch"}
         if place.client == "vllm":
-            return {"model": place.llm}
+            return {**named, "replicas": place.replicas, **dict(place.engine_options)}
         if place.client == "transformers":
-            if place.llm:
-                return {"model": place.llm, "device": place.device}
-            return {"lm": self.lm("float32")}
+            return {**named, "device": place.device} if place.llm else {"lm": self.lm("float32")}
+        if place.client == "replay":
+            return {**named, "replies": place.root / "replies.sqlite", "next_token": place.next_token}
         if place.llm or place.base_url:
             raise ConfigError(f"--client {place.client} takes no --llm or --base-url")
         return {}
@@ -160,11 +174,37 @@ def _language_model(model: str, dtype: str, device: str) -> "LanguageModel":
     return LanguageModel.load(model, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
+def _backend(name: str, options: tuple[tuple[str, Any], ...]) -> Client:
+    """One per process and set of options: a second engine would find the device full."""
+    from sae.plugins import find
+
+    backend: Client = find("autointerp.clients", name)(**dict(options))
+    return backend
+
+
+@lru_cache(maxsize=2)
+def _embedder(name: str, device: str) -> EmbedderLike | None:
+    from autointerp.embedder import Embedder
+
+    return Embedder.choose(name, device=device)
+
+
 def opened(place: Workplace) -> Opened:
     """What ``place`` names, kept for the jobs to come of this process. Budgets and places at the server are not part
     of what is kept: pass the place itself where a client is asked for."""
+    return _opened(place.without_budget())
+
+
+@lru_cache(maxsize=4)
+def _opened(place: Workplace) -> Opened:
     return Opened(place)
+
+
+def forget_clients() -> None:
+    """The next command of this process opens its own: a batch of requests is that of one command."""
+    _opened.cache_clear()
+    _backend.cache_clear()
 
 
 def needs_of(plugins: Any) -> frozenset[str]:

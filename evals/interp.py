@@ -4,6 +4,8 @@ V vocabulary, D = d_in.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from autointerp.last_acts import make_last_acts
 from autointerp.ledger import Ledger, load_prices
 from autointerp.output_tokens import output_tokens
 from autointerp.records import EXPLAIN
+from autointerp.vllm_engine import engines_planned
 from evals.effects import build_effects
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
@@ -38,6 +41,8 @@ class Interpretation:
     def __init__(self, cfg: RunConfig, stages: Pipeline, log: RunLog) -> None:
         self.cfg, self.stages, self.log = cfg, stages, log
         # Before any work: unknown names and missing needs are errors now, not in an hour.
+        if cfg.interp.client == "vllm":
+            logger.info("%s", engines_planned(cfg.interp.replicas, cfg.interp.engine_options()))
         explaining, scoring = self.explain_context(None), replace(self.score_context, sae=_LATER)  # type: ignore[arg-type]
         self.explainers, self.scorers = pipeline.load_plugins(cfg.interp, explaining, scoring)
 
@@ -45,15 +50,19 @@ class Interpretation:
     def client(self) -> CachedClient:
         """The LLM back-end behind the reply cache; `transformers` without a model name is the subject LM itself."""
         i = self.cfg.interp
+        named = {"model": i.llm} | ({"revision": i.llm_revision} if i.llm_revision else {})
         options: dict[str, Any] = {}
         if i.client == "openai":
-            options = {"model": i.llm, "base_url": i.base_url}
+            known = {"concurrency": i.concurrency, "timeout_s": i.timeout_s, "next_token": i.next_token}
+            options = {**named, "base_url": i.base_url, **known}
         elif i.client == "vllm":
-            options = {"model": i.llm}
+            options = {**named, "replicas": i.replicas, **i.engine_options()}
+        elif i.client == "replay":
+            options = {**named, "next_token": i.next_token}
         elif i.client == "batch":
-            options = {"model": i.llm, "folder": self.cfg.root / "batch"}
+            options = {**named, "folder": self.cfg.root / "batch"}
         elif i.client == "transformers":
-            options = {"model": i.llm, "device": self.cfg.device} if i.llm else {"lm": self.stages.lm_float32()}
+            options = {**named, "device": self.cfg.device} if i.llm else {"lm": self.stages.lm_float32()}
         elif i.base_url or i.llm:
             raise ConfigError(f"--interp.client {i.client} takes no --interp.llm or --interp.base-url")
         return open_client(
@@ -112,12 +121,21 @@ class Interpretation:
             "" if cost is None else f", {cost:.2f} US dollars",
         )  # fmt: skip
 
+    @contextmanager
+    def _ledger_kept(self) -> Iterator[None]:
+        """Whatever stops the work inside, what was asked and paid is written."""
+        try:
+            yield
+        finally:
+            if self.client.ledger.entries:  # a run that found everything done has nothing to add
+                self.client.ledger.write(self.cfg.root / "ledger.parquet")
+
     @cached_property
     def explanations(self) -> dict[str, Path]:
         """Folder of explanations by sae_id."""
         tables, folders = self.stages.exemplars, {}
         self.note_estimate()
-        with self.log.stage("explanations") as stage:
+        with self.log.stage("explanations") as stage, self._ledger_kept():
             for sae in self.stages.saes:
                 table = tables.get(sae.sae_id)
                 if table is None or not table.latents:
@@ -147,7 +165,7 @@ class Interpretation:
         """Folder of scores by sae_id."""
         explained, folders = self.explanations, {}
         saes = {sae.sae_id: sae for sae in self.stages.saes}
-        with self.log.stage("scores") as stage:
+        with self.log.stage("scores") as stage, self._ledger_kept():
             for sae_id, folder in explained.items():
                 table: ExemplarTable = self.stages.exemplars[sae_id]
                 try:
@@ -163,8 +181,6 @@ class Interpretation:
             checks = [c for f in list(folders.values())[:1] for c in pipeline.open_scores(f).checks]
             self.log.notes["judges"] = [c.to_dict() for c in checks]
             self.log.notes["llm"] = self.client.ledger.totals()
-            if self.client.ledger.entries:  # a run that found everything done has nothing to add
-                self.client.ledger.write(self.cfg.root / "ledger.parquet")
             stage.note = ", ".join(f"{c.scorer} judge AUC {c.auc:.2f}" for c in checks if c.auc is not None)
         return folders
 

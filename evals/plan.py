@@ -13,11 +13,14 @@ import torch
 
 from autointerp.embedding_near import POOL_WINDOWS
 from autointerp.estimate import planned, total
+from autointerp.ledger import load_prices
+from autointerp.vllm_engine import engines_planned
 from evals.effects import T_POSITIONS
 from evals.measure import select
 from evals.run_config import RunConfig
 from evals.stages import free_disk_gb
 from sae import console
+from sae.errors import ConfigError
 from sae.language_model import LanguageModel, default_dtype
 from sae.tokens import SPLITS
 
@@ -183,8 +186,22 @@ def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
     return 1.25 * (1.1e9 + lm_bytes + saes + max(block, logits) + mapped) / 1e9
 
 
+def _cost_text(cfg: RunConfig, tokenizer: Any) -> str:
+    """What the language model would cost, where its price is given; :class:`ConfigError` where the table lacks it."""
+    if cfg.interp.prices is None:
+        return ""
+    prices, model = load_prices(cfg.interp.prices), cfg.interp.llm or ""
+    if model not in prices:
+        raise ConfigError(f"{cfg.interp.prices} has no price of {model or 'the embedded model'!r} (--interp.llm)")
+    n_subjects = (len(cfg.sae) or len(cfg.train_configs())) + 1
+    whole = total(planned(cfg.interp, cfg.exemplars, tokenizer), n_subjects)
+    tokens = f"{whole.prompt_tokens:,} prompt and {whole.output_tokens:,} output tokens"
+    return f"{model}: {whole.requests:,} requests, {tokens}, {whole.cost_usd(prices[model]):.2f} US dollars at most"
+
+
 def print_plan(cfg: RunConfig) -> None:
     """Print the plan; reads the model (seconds), computes nothing else."""
+    engines = engines_planned(cfg.interp.replicas, cfg.interp.engine_options()) if cfg.interp.client == "vllm" else ""
     lm = LanguageModel.load(cfg.model, dtype=default_dtype(cfg.device), device=cfg.device)
     hookpoint = cfg.hookpoint or lm.default_hookpoint()
     d_in = lm.check_hookpoint(hookpoint)
@@ -219,4 +236,8 @@ def print_plan(cfg: RunConfig) -> None:
         f"memory: about {memory_gb(cfg, lm, d_in):.1f} GB; "
         f"disk: {disk:.2f} GB of {free_disk_gb(Path(cfg.root)):.1f} GB free"
     )
+    if engines:
+        console.say(engines)
+    if cost := _cost_text(cfg, lm.tokenizer):
+        console.say(cost)
     console.say("Stages that are complete under the same configuration are reused; nothing was run.")

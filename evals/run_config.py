@@ -92,6 +92,11 @@ class RunConfig:
             self.exemplars.score_embedding_near == 0 or self.interp.embedder != "none",
             "--exemplars.score-embedding-near needs an embedder; give --interp.embedder default (or a folder), or 0",
         )
+        require(
+            self.interp.client != "vllm" or (self.engine == "local" and self.workers == 1),
+            "--interp.client vllm works in one process: leave --workers and --engine; --interp.replicas N gives it "
+            "more engines",
+        )
         require(self.effect_windows >= 0, f"--effect-windows must be 0 or more, got {self.effect_windows}")
 
     def train_configs(self) -> "list[TrainConfig]":
@@ -113,6 +118,8 @@ class RunConfig:
         values = to_dict(self)
         for name in ("root", "force", "list_", "dry_run", "verbose", "evals", "engine", "workers"):
             values.pop(name)
+        for name in ("replicas", "vllm", "concurrency", "timeout_s"):  # where engines run, how a server is asked
+            values["interp"].pop(name)
         return values
 
     def key(self) -> str:

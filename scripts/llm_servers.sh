@@ -29,5 +29,6 @@ if [ "${VLLM:-0}" = 1 ]; then
   fi
   export SAESCOPE_VLLM_PYTHON=$vllm/bin/python VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
   $vllm/bin/python -m pytest -m llm -s --timeout=3000 tests/autointerp/test_vllm.py
+  $vllm/bin/python -m pytest -m llm -s --timeout=3000 tests/autointerp/test_vllm_door.py
 fi
 "$python" -m pytest -m llm -s --timeout=3000 tests/autointerp/test_llm_servers.py

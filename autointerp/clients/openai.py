@@ -33,10 +33,12 @@ from autointerp.retries import (
     Lines,
     Retries,
     Retry,
+    check_base_url,
     retry_after_s,
     run_to_end,
     scrub,
 )
+from sae.config import require
 from sae.errors import BudgetExceeded, ConfigError, MissingExtra, SaescopeError
 from sae.manifest import rng
 
@@ -45,7 +47,12 @@ DEAD_AFTER_ATTEMPTS = 48
 """After so many attempts in a row without any answer, of whatever requests, the server is asked a trivial question."""
 CANARY = GenerateRequest(messages=(Message(role="user", content="Answer with the word yes."),), max_tokens=8)
 MAX_WARMUP_TEXTS = 8
-
+TOO_LONG = re.compile(
+    r"context.{0,3}(length|size|window)|maximum context|too long|longer than|too many tokens|"
+    r"exceeds? the (maximum|available|limit)|must be (<=|less than)",
+    re.IGNORECASE,
+)
+"""How servers say that a prompt is too long: OpenAI, vLLM, llama.cpp, SGLang, TGI, gateways."""
 _WEAKER: dict[Structured, Structured] = {"json_schema": "json_object", "json_object": "parse"}
 
 
@@ -78,6 +85,8 @@ class OpenAIClient:
             raise MissingExtra("openai", "openai") from None
         if not model:
             raise ConfigError("the openai client needs the name of a model; add --llm NAME")
+        check_base_url(base_url)
+        require(concurrency >= 1 and timeout_s > 0, "--concurrency and --timeout-s must be positive")
         if not base_url and not os.environ.get("OPENAI_BASE_URL") and not os.environ.get(KEY_VARIABLE):
             raise ConfigError(f"set {KEY_VARIABLE} to your key, or give --base-url of a server that needs none")
         self._sdk, self.base_url = openai, base_url
@@ -144,13 +153,12 @@ class OpenAIClient:
             self._fatal = self._fatal or error
             return None
         except Retry as error:
-            detail = f"{self.retries.attempts} attempts: {error}"
-            return Failure(code=error.code, stage=request.verb, detail=detail)
+            return Failure(code=error.code, stage=request.verb, detail=f"{error.attempts} attempts: {error}")
 
     async def _tries(self, sdk: Any, gate: Gate, request: Any, index: int) -> Any:
         """Reply or failure; None once the run is to stop. Raises the last :class:`Retry` where all attempts failed,
         and :class:`SaescopeError` where going on is pointless."""
-        started = time.monotonic()
+        insisted_s = 0.0  # waiting for a place not counted: all are there from the beginning, and most wait long
         for attempt in range(self.retries.attempts):
             try:
                 # The canary needs no place: the others keep theirs while they wait for its answer.
@@ -159,7 +167,11 @@ class OpenAIClient:
                         await self._open.wait()
                     if self._fatal is not None:
                         return None
-                    answer = await self._once(sdk, request)
+                    began = time.monotonic()
+                    try:
+                        answer = await self._once(sdk, request)
+                    finally:
+                        insisted_s += time.monotonic() - began
                 gate.success()
                 self._unanswered = 0
                 return answer
@@ -172,7 +184,9 @@ class OpenAIClient:
                         await self._see_whether_dead(sdk, gate, error)
                 wait_s = self._wait_s(index, attempt, error.after_s)
                 last = attempt == self.retries.attempts - 1
-                if last or time.monotonic() - started + wait_s > self.retries.total_s:
+                insisted_s += wait_s
+                if last or insisted_s > self.retries.total_s:
+                    error.attempts = attempt + 1
                     raise
             await asyncio.sleep(wait_s)
         return None
@@ -234,7 +248,9 @@ class OpenAIClient:
         if (structured, reasoning) != (self.structured, self.reasoning):
             return True
         said = error.response.text.lower()
-        if not self.reasoning and "max_completion_tokens" in said:
+        if TOO_LONG.search(said):  # vLLM names both limits when a prompt is too long for either
+            return False
+        if not self.reasoning and "max_completion_tokens" in said and "max_tokens" in said:
             self.reasoning = True
             return True
         names_format = any(word in said for word in ("response_format", "json_schema", "json_object", "schema"))
@@ -262,7 +278,7 @@ class OpenAIClient:
             code = "rate_limited" if status == 429 else "timeout" if status == 408 else "server_error"
             raise Retry(code, f"status {status}: {said}", retry_after_s(error.response.headers))
         code = "unsupported"
-        if re.search(r"context.?length|maximum context|too long|too many tokens", said, re.I) or status == 413:
+        if TOO_LONG.search(said) or status == 413:
             code = "prompt_too_long"
         elif "content_filter" in said or "content_policy" in said:
             code = "refusal"

@@ -34,13 +34,16 @@ class ReplayClient:
         replies: str | Path,
         model: str | None = None,
         endpoint: str | None = None,
+        revision: str | None = None,
+        next_token: bool = False,
         tokenizer: Any = None,
         capabilities: Capabilities | None = None,
     ) -> None:
-        """``tokenizer``: of the model, for simulators that build token ids. Raises :class:`ConfigError` unless exactly
-        one model of the file fits."""
+        """``tokenizer``: of the model, for simulators that build token ids; ``next_token``: as the recorded run's
+        (openai), since what a judge asks hangs on it. Raises :class:`ConfigError` unless exactly one model of the file
+        fits."""
         self.replies = ReplyCache(Path(replies), must_exist=True)
-        wanted = {"model": model, "endpoint": endpoint}
+        wanted = {"model": model, "endpoint": endpoint, "revision": revision}
         known = [from_dict(Identity, i) for i in self.replies.identities()]
         fitting = [i for i in known if all(v is None or getattr(i, f) == v for f, v in wanted.items())]
         if len(fitting) != 1:
@@ -50,8 +53,9 @@ class ReplayClient:
                 "name it with --llm"
             )
         self.identity, self.tokenizer = fitting[0], tokenizer
+        local = self.identity.endpoint != "openai"
         self.capabilities = capabilities or Capabilities(
-            next_token=True, continuation=True, slots=True, structured="json_schema"
+            next_token=next_token or local, continuation=local, slots=local, structured="json_schema"
         )
 
     def generate(self, requests: Sequence[GenerateRequest], on_reply: OnReply | None = None) -> list[Reply | Failure]:

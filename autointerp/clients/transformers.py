@@ -22,7 +22,7 @@ from autointerp.client import (
     SlotRequest,
     Usage,
 )
-from autointerp.llm_requests import LOGPROB_DECIMALS
+from autointerp.llm_requests import LOGPROB_DECIMALS, PaidFailure
 from autointerp.records import Failure
 from sae.errors import Unsupported
 
@@ -224,9 +224,9 @@ def _generation_batches(rows: Any) -> list[list[int]]:
 
 
 def _reply(row: Any, elapsed_ms: float) -> Reply | Failure:
-    if not row.text.strip():
-        return Failure(code="empty", stage="generate", detail=f"{len(row.new)} tokens, no text")
     usage = Usage(prompt_tokens=len(row.prompt), output_tokens=len(row.new), latency_ms=round(elapsed_ms, 1))
+    if not row.text.strip():
+        return PaidFailure(code="empty", stage="generate", detail=f"{len(row.new)} tokens, no text", usage=usage)
     return Reply(text=row.text, finish_reason=row.finish_reason, usage=usage)
 
 

@@ -26,7 +26,7 @@ from autointerp.client import (
     SlotRequest,
     Usage,
 )
-from autointerp.llm_requests import LOGPROB_DECIMALS
+from autointerp.llm_requests import LOGPROB_DECIMALS, PaidFailure
 from autointerp.records import Failure
 from autointerp.vllm_engine import Engine, Found, Replicas, Wanted
 from sae.config import require
@@ -278,9 +278,9 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _reply(found: Found, wanted: Wanted) -> Reply | Failure:
-    if not found.text.strip():
-        return Failure(code="empty", stage="generate", detail=f"{found.n_new} tokens, no text")
     usage = Usage(prompt_tokens=len(wanted.prompt), cached_tokens=found.n_cached, output_tokens=found.n_new)
+    if not found.text.strip():
+        return PaidFailure(code="empty", stage="generate", detail=f"{found.n_new} tokens, no text", usage=usage)
     return Reply(text=found.text, finish_reason="length" if found.finish_reason == "length" else "stop", usage=usage)
 
 

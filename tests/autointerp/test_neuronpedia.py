@@ -161,6 +161,15 @@ def test_foreign_files_keep_every_text_of_ours_and_nothing_else(world, tmp_path:
     ]  # fmt: skip
 
 
+def test_half_a_character_in_a_foreign_text_is_no_reason_to_stop(world, tmp_path: Path) -> None:
+    """Legal in JSON, impossible in a file of ours."""
+    _, table, _ = world
+    row = json.dumps({"index": str(table.latents[0]), "description": "smiles \ud83d \U0001f600"})
+    assert "\\ud83d" in row
+    [found] = pipeline.open_explanations(import_explanations(tmp_path, write(tmp_path / "f", row), table))
+    assert found.text == "smiles � \U0001f600"
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [("{", "line 1"), ('{"index": "x", "description": "a"}', "line 1"), ('{"index": 1}', "line 1"),

@@ -14,9 +14,10 @@ import torch
 
 from autointerp.client import ContinuationRequest, GenerateRequest, Message, NextTokenRequest, Reply, SlotRequest
 from autointerp.clients.vllm import PLUGIN as VllmClient
+from autointerp.engine_options import engine_options
 from autointerp.records import Failure
 from autointerp.vllm_engine import device_slices, shared_out
-from sae.errors import ConfigError, MissingExtra
+from sae.errors import ConfigError, MissingExtra, SaescopeError
 from sae.tokens import prefix_id
 
 WAYS = ("right", "stale", "once", "none")
@@ -118,9 +119,26 @@ def test_work_is_shared_out_in_runs_of_neighbours() -> None:
         parts = shared_out(sizes, n)
         assert len(parts) == n and [i for p in parts for i in p] == list(range(len(sizes)))
     assert [len(p) for p in shared_out([1] * 12, 4)] == [3, 3, 3, 3]
-    assert device_slices(2, 2, "4,5,6,7") == ["4,5", "6,7"]
+    assert device_slices(2, 2, "4,5,6,7") == ["4,5", "6,7"] and device_slices(1, 1, "GPU-8f, GPU-9a") == ["GPU-8f"]
+    assert device_slices(3, 1, "") == [None] * 3, "no GPU is to be seen: the processor"
     with pytest.raises(ConfigError, match="need 4, and 3"):
         device_slices(2, 2, "0,1,2")
+
+
+def test_options_of_engines_are_read_strictly() -> None:
+    """What they may say is where an engine runs; what would change an answer is no part of a reply's key."""
+    texts = ("max_model_len=8192", "gpu_memory_utilization=0.5", "enforce_eager=False", "tensor_parallel_size=2")
+    found = engine_options("vllm", 2, texts)
+    assert found == {"max_model_len": 8192, "gpu_memory_utilization": 0.5, "enforce_eager": False,
+                     "tensor_parallel_size": 2}  # fmt: skip
+    assert engine_options("openai", 1, ()) == {}
+    for client, replicas, wrong in (
+        ("vllm", 0, ()), ("vllm", -1, ()), ("openai", 2, ()), ("openai", 1, ("max_model_len=1",)),
+        ("vllm", 1, ("max_model_len",)), ("vllm", 1, ("enforce_eager=maybe",)), ("vllm", 1, ("dtype=float16",)),
+        ("vllm", 1, ("tensor_parallel_size=0",)),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError):
+            engine_options(client, replicas, wrong)
 
 
 @pytest.mark.slow
@@ -135,6 +153,12 @@ def test_replicas_answer_as_one_engine_does(client, tiny_lm_dir, tmp_path, monke
         assert both.generate(asked) == alone.generate(asked) and both.identity == alone.identity
         slots = [SlotRequest(ids=tuple(range(10, 20 + n)), positions=(4, 7), token_ids=(40, 41)) for n in range(4)]
         assert both.logprobs(slots) == alone.logprobs(slots)
+        [process] = both.engine._pools[1]._processes.values()
+        process.kill()
+        with pytest.raises(SaescopeError, match="one of 2 vLLM engines ended"):
+            both.generate(asked)
+        with pytest.raises(SaescopeError, match="have ended"):
+            both.generate(asked)
     finally:
         both.close()
 
