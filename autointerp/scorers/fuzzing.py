@@ -5,14 +5,13 @@ masks in silent windows or on wrong tokens (:mod:`autointerp.fuzz`). Marks have 
 The form of the question is EleutherAI's (2410.13928, 3.3); masks, texts and metrics are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from autointerp.classify import (
-    MAX_FAILED_SHARE,
     Counts,
     base_score,
     beta_draws,
@@ -26,7 +25,7 @@ from autointerp.fuzz import NEGATIVES, WRONG, Marked, marked_windows
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
 from autointerp.judging import MODES, Mode, Question, YesNoJudge, verdict_item
 from autointerp.prompts import load_prompt, marked_text
-from autointerp.rates import auc, auc_interval, percentiles
+from autointerp.rates import auc, auc_interval, percentiles, too_many_failed
 from autointerp.records import LatentScore, ScoreItem
 from sae.config import require
 from sae.errors import Unsupported
@@ -105,34 +104,47 @@ def _rows(
     }
     present = [k for k in NEGATIVES if any(m.kind == k for m in drawn)]
     kinds = {k: count_items([i for m, i in pairs if m.kind == k]) for k in present}
-    every = [*groups.values(), *kinds.values()]
-    n_failed = sum(c.failed for c in every)
-    too_many = n_failed > MAX_FAILED_SHARE * len(items)
+    n_failed = sum(c.failed for c in (*groups.values(), *kinds.values()))
+    lost = {"": too_many_failed(n_failed, len(items))}
+    sides = [("positive", groups.values()), ("negative", kinds.values()), *((k, [c]) for k, c in kinds.items())]
+    lost |= {side: lost[""] or _lost(cells) for side, cells in sides}
     # Rows of marks have no base rate: the latent's own rate is not that of marked windows.
     base = {**base_score(job, **identity), "base_rate": None}
     counted = {
         **base, "n_pos": sum(c.n for c in groups.values()), "n_neg": sum(c.n for c in kinds.values()),
         "n_failed": n_failed,
     }  # fmt: skip
-    rows = _aggregates(groups, kinds, too_many, counted)
+    rows = _aggregates(groups, kinds, lost, counted)
     for metric, cells in (("recall", {f"decile={g}": c for g, c in groups.items() if g >= 0}),
                           ("fpr", {f"kind={k}": c for k, c in kinds.items()})):  # fmt: skip
-        rows += [cell_row(metric, group, c, too_many, base, positive=metric == "recall") for group, c in cells.items()]
+        for group, c in cells.items():
+            null = lost["positive" if metric == "recall" else group.removeprefix("kind=")]
+            rows.append(cell_row(metric, group, c, null, base, positive=metric == "recall"))
     if WRONG not in kinds:  # every mask covers the active tokens of every other window
         rows.append(LatentScore(metric="fpr", group=f"kind={WRONG}", null_reason="no_hard_negative", **base))
     if any(i.value is not None for i in items):
-        rows += [_auc_row(pairs, kind, too_many, base) for kind in ("", *kinds)]
+        for kind in ("", *kinds):
+            rows.append(_auc_row(pairs, kind, lost["positive"] or lost[kind or "negative"], base))
     return rows
 
 
+def _lost(cells: Iterable[Counts]) -> bool:
+    """Did more than a tenth of these windows fail?"""
+    cells = list(cells)
+    failed = sum(c.failed for c in cells)
+    return too_many_failed(failed, sum(c.n for c in cells) + failed)
+
+
+
 def _aggregates(
-    groups: dict[int, Counts], kinds: dict[str, Counts], too_many: bool, base: dict[str, Any]
+    groups: dict[int, Counts], kinds: dict[str, Counts], lost: Mapping[str, bool], base: dict[str, Any]
 ) -> list[LatentScore]:
     answered_groups = {g: c for g, c in groups.items() if c.n}
     answered_kinds = {k: c for k, c in kinds.items() if c.n}
     rows = []
     for metric in ("recall", "balanced_accuracy"):
         sides = [(answered_groups, "group")] + ([(answered_kinds, "kind")] if metric != "recall" else [])
+        too_many = lost["positive"] or (metric != "recall" and lost["negative"])
         null = too_many or any(not cells for cells, _ in sides)
         value = interval = None
         if not null:

@@ -18,8 +18,9 @@ from autointerp.calibration import (
     window_sums,
     window_weights,
 )
-from autointerp.classify import MAX_FAILED_SHARE, base_score, null_scores, positives_of
+from autointerp.classify import base_score, null_scores, positives_of
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult, Simulator
+from autointerp.rates import too_many_failed
 from autointerp.records import ActivationScale, Exemplar, LatentScore, ScoreItem, Simulation
 from autointerp.texts import any_of, deal
 from sae.plugins import find
@@ -108,7 +109,7 @@ class SimulationScorer:
         code = None
         if not scored or not known:
             code = "too_few_positive"
-        elif not fitted or n_failed / len(scored) > MAX_FAILED_SHARE:
+        elif not fitted or any(_lost(scored, answered, sign) for sign in (True, False)):
             code = "too_many_failures"
         if code is not None:
             rows = [
@@ -155,6 +156,12 @@ def choose_windows(exemplars: Sequence[Exemplar], per_sign: int) -> list[Exempla
     """At most ``per_sign`` positive windows, dealt round the quantile groups, and as many uniform silent ones."""
     silent = [e for e in exemplars if e.kind == "silent"]
     return deal(positives_of(exemplars), per_sign) + any_of(silent, per_sign)
+
+
+def _lost(scored: Sequence[Exemplar], answered: Sequence[tuple[Exemplar, Simulation]], positive: bool) -> bool:
+    """Did more than a tenth of the windows of this sign fail? A correlation over the other sign alone says nothing."""
+    n = sum(e.positive == positive for e in scored)
+    return too_many_failed(n - sum(e.positive == positive for e, _ in answered), n)
 
 
 def _flat(rows: Sequence[Sequence[float] | None]) -> np.ndarray:

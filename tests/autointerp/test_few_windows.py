@@ -9,7 +9,8 @@ from judges import TOKENIZER, Words
 from autointerp.client import CachedClient, LogprobReply
 from autointerp.clients.scripted import ScriptedClient
 from autointerp.interfaces import ScoreContext, ScoreJob
-from autointerp.records import Exemplar, Explanation
+from autointerp.records import Exemplar, Explanation, Failure
+from autointerp.records import Simulation as Simulated
 from autointerp.scorers.simulation import PLUGIN as Simulation
 from autointerp.scorers.surprisal import PLUGIN as Surprisal
 from autointerp.texts import PMI_NO_TEXT
@@ -103,3 +104,32 @@ def test_where_in_the_text_a_window_stands_tells_nothing(scorer: str) -> None:
         strong = ["prose" in TOKENIZER.decode(list(e.token_ids)) for e in turn]
         first.append(np.mean([(p > q) + (p == q) / 2 for p in strong for q in silent]))
     assert np.mean(first) > 0.6
+
+
+def test_windows_of_one_sign_that_fail_leave_no_correlation() -> None:
+    """2 of 10 active windows cannot be simulated: a tenth of all, a fifth of those that matter."""
+    one = job(0, lambda split, kind, row, g: "words")
+
+    class Lossy:
+        name, version, needs = "lossy", 1, frozenset()
+
+        def __init__(self, sign: bool) -> None:
+            self.sign = sign
+
+        def simulate_many(self, pairs, ctx):
+            lost = [e.exemplar_id for _, e in pairs if e.split == "score" and e.positive == self.sign][:2]
+            failure = Failure(code="low_mass", stage="simulate")
+            return [
+                Simulated(
+                    explanation_id=x.explanation_id, exemplar_id=e.exemplar_id, simulator="lossy",
+                    values=None if e.exemplar_id in lost else e.acts,
+                    failure=failure if e.exemplar_id in lost else None,
+                )  # fmt: skip
+                for x, e in pairs
+            ]
+
+    for sign in (True, False):
+        scorer = Simulation("word_embedding")
+        scorer.simulator = Lossy(sign)
+        [result] = scorer.score_many([one], ScoreContext(tokenizer=TOKENIZER))
+        assert {(s.value, s.null_reason, s.n_failed) for s in result.scores} == {(None, "too_many_failures", 2)}

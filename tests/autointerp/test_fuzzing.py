@@ -1,6 +1,7 @@
 """Marks: the place alone tells nothing, hosts are what they are called, the question is read strictly."""
 
 import json
+import math
 import re
 from collections import Counter
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import byte_tokenizer
 
-from autointerp.client import CachedClient, Capabilities
+from autointerp.client import CachedClient, Capabilities, LogprobReply
 from autointerp.clients.scripted import ScriptedClient
 from autointerp.fuzz import NEGATIVES, RIGHT, SILENT, WRONG, marked_windows, right_mask
 from autointerp.interfaces import ScoreContext, ScoreJob
@@ -224,3 +225,36 @@ def test_one_class_alone_is_not_asked_about() -> None:
     only = [e for e in job().exemplars if not e.positive]
     [result], backend = score(lambda r: "x", [ScoreJob(**{**job().__dict__, "exemplars": tuple(only)})])
     assert not backend.sent and {s.null_reason for s in result.scores} == {"too_few_positive"}
+
+
+@pytest.mark.parametrize(
+    ("side", "null", "kept"),
+    [
+        (RIGHT, ["recall", "balanced_accuracy", "auc", f"auc|kind={SILENT}", "recall|decile=0"],
+         [f"fpr|kind={SILENT}"]),
+        (SILENT, [f"auc|kind={SILENT}", f"fpr|kind={SILENT}", "balanced_accuracy", "auc"],
+         ["recall", f"auc|kind={WRONG}"]),
+    ],
+)  # fmt: skip
+def test_a_judge_silent_about_one_side_is_not_measured_on_it(side: str, null, kept) -> None:
+    """Three answers of forty failed, which is few, but all of one side."""
+    texts = {}
+    for m in Fuzzing._drawn(job(), 0):
+        on = [i in m.mask for i in range(len(m.exemplar.acts))]
+        texts[marked_text(TOKENIZER, m.exemplar.token_ids, on)] = m.kind
+    silent = [t for t, kind in texts.items() if kind == side][:3]  # of 20 right, of 10 of a wrong kind
+
+    def answer(request):
+        text = request.messages[-1].content.rpartition("Snippet: ")[2]
+        if text in silent:
+            return Failure(code="refusal", stage="x")
+        p = 0.99 if texts[text] == RIGHT else 0.01
+        return LogprobReply(rows=((math.log(p), *[None] * 4, math.log(1 - p), *[None] * 4),))
+
+    [result], _ = score(answer, mode="logprob")
+    rows = {f"{s.metric}|{s.group}".strip("|"): s for s in result.scores}
+    for name in null:
+        assert rows[name].value is None and rows[name].null_reason == "too_many_failures", name
+    for name in kept:
+        assert rows[name].value is not None, name
+    assert rows["recall"].n_failed == 3
