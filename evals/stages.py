@@ -273,9 +273,11 @@ class Pipeline:
     def latents(self) -> dict[str, LatentCache]:
         stores = {split: self.store(split) for split in INTERP_SPLITS}
         cfg = self.cfg.exemplars
-        sizes = {"window_tokens": cfg.window_tokens, "min_window_tokens": cfg.min_window_tokens}
         with self.log.stage("latents") as stage:
-            caches = build_latents_many(self.root, self.saes, stores, force=self.cfg.force, **sizes)
+            caches = build_latents_many(
+                self.root, self.saes, stores, window_tokens=cfg.window_tokens,
+                min_window_tokens=cfg.min_window_tokens, force=self.cfg.force,
+            )  # fmt: skip
             stage.finish(cache.folder for cache in caches)
             return {sae.sae_id: cache for sae, cache in zip(self.saes, caches, strict=True)}
 
