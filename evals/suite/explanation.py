@@ -157,7 +157,7 @@ class ExplanationScores:
             logger.warning("metrics without a declaration are not in the rows: %s", ", ".join(ignored))
         weak = sorted(f"{c.scorer}/{c.judge}" for c in checks if c.weak)
         counts = {"n_scores": len(scores), "n_latents": len({s.latent for s in scores}), "judge_weak": weak,
-                  "metrics_ignored": ignored, "null_reasons": _reasons(scores)}
+                  "metrics_ignored": ignored, "null_reasons": _reasons(scores), "scorers": _versions(scores)}
         return EvalResult(rows=rows.rows, details=_details(slices, checks), counts=counts)
 
 
@@ -172,6 +172,12 @@ def _activations(ctx: EvalContext) -> dict[int, float]:
 def _reasons(scores: Iterable[LatentScore]) -> dict[str, int]:
     found = Counter(s.null_reason for s in scores if s.null_reason and not s.group and not s.floor_kind)
     return dict(sorted((str(k), n) for k, n in found.items()))
+
+
+def _versions(scores: Iterable[LatentScore]) -> dict[str, int]:
+    """Version of each scorer: what this evaluation joins may be newer than it is itself."""
+    found = {s.scorer: s.scorer_version for s in scores}
+    return dict(sorted(found.items()))
 
 
 def _rank(e: Explanation) -> tuple[bool, bool, float, int, str]:

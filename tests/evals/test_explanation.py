@@ -106,7 +106,7 @@ def test_failures_are_counted_and_never_zero(monkeypatch):
     assert rows["auc"].value == 0.8 and rows["auc"].n_failed == 2
     assert rows["pearson"].value is None and rows["pearson"].failure == "one_class"
     assert "floor_auc" not in rows  # no floor was scored: no row
-    assert result.counts["null_reasons"] == {"one_class": 3}
+    assert result.counts["null_reasons"] == {"one_class": 3} and result.counts["scorers"] == {"embedding": 1}
 
 
 def test_the_selected_explanation_is_one_per_latent(monkeypatch):
@@ -210,3 +210,22 @@ def test_scores_lead_to_their_explanations(tmp_path):
     assert explanations_folder(tmp_path / "scores" / "good") == tmp_path / "explanations" / "e1"
     with pytest.raises(ArtefactError, match="names no explanations"):
         explanations_folder(tmp_path / "scores" / "bad")
+
+
+def test_modes_of_a_judge_are_never_averaged(monkeypatch):
+    """One model that judged by log-probabilities in one artefact and by lists in another: two slices, two checks."""
+    found = []
+    for judge, value in (("logprob/m", 0.9), ("list/m", 0.6)):
+        rows = [score(i, "balanced_accuracy", value).to_dict() for i in range(3)]
+        found += [LatentScore.from_dict(row | {"judge": judge, "scorer": "d"}) for row in rows]
+    checks = [
+        JudgeCheck(judge=j, scorer="d", auc=a, ci_low=None, ci_high=None, wrong_auc=0.5, n=24, weak=a < 0.75)
+        for j, a in (("logprob/m", 0.9), ("list/m", 0.6))
+    ]
+    result = evaluate(found, [text(i) for i in range(3)], monkeypatch, checks)
+    values = {j: rows_of(result, f"explainer=selected,scorer=d,judge={j}/m")["balanced_accuracy"].value
+              for j in ("logprob", "list")}  # fmt: skip
+    assert values == {"logprob": pytest.approx(0.9), "list": pytest.approx(0.6)}
+    weak = result.details.set_index("slice").judge_weak
+    assert weak["explainer=selected,scorer=d,judge=list/m"].all()
+    assert not weak["explainer=selected,scorer=d,judge=logprob/m"].any()
