@@ -30,6 +30,13 @@ def group_weights(units: Sequence[np.ndarray], generator: np.random.Generator, r
     return Weights(matrix, n_units)
 
 
+def scored_set(task_set: str, asked: Sequence[str], scored: Sequence[str]) -> str:
+    """``task_set``, or what is left of it where a subject has no value on some tasks: a mean over fewer tasks is never
+    compared with one over all (METRICS C)."""
+    missing = sorted(set(asked) - set(scored))
+    return f"{task_set} without {', '.join(missing)}" if missing else task_set
+
+
 def sums_by_unit(unit_N: np.ndarray, columns: Sequence[np.ndarray], n_units: int) -> np.ndarray:
     """[U, 1 + columns]: rows and sums per unit."""
     counted = (np.ones(len(unit_N)), *columns)

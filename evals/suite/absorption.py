@@ -83,7 +83,11 @@ class AbsorptionEval:
         return 24 * (WORDS_PER_LETTER[preset] or 700) * PROMPT_TOKENS, 0
 
     def inputs(self, ctx: EvalContext) -> dict[str, str]:
-        return {"lm": ctx.subject.info.lm_revision, "hookpoint": ctx.hookpoint}
+        from sae.adapt import UNKNOWN
+
+        # the file of a foreign SAE need not say its model: the words are read by the one that is loaded
+        known = ctx.subject.info.lm_revision
+        return {"lm": ctx.lm.revision if known == UNKNOWN else known, "hookpoint": ctx.hookpoint}
 
     def prepare(self, ctx: EvalContext) -> "Path":
         """The passes that all subjects share; Unsupported for a model that is not in float32."""

@@ -13,7 +13,7 @@ import numpy as np
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.probe_activations import ProbeActivations, ProbeConfig, TaskSplit
-from evals.probe_units import Weights, group_weights, sums_by_unit, weighted_auc
+from evals.probe_units import Weights, group_weights, scored_set, sums_by_unit, weighted_auc
 from evals.results import Estimate, Metric
 from sae.config import to_dict
 from sae.manifest import rng
@@ -143,7 +143,8 @@ class ProbeLoss:
         rows = RowMaker(self, ctx)
         _add_rows(rows, scored, probes, ctx, n_asked=len(scored) + len(probes.failures))
         counts = {
-            "n_tasks": len(scored), "task_set": probes.task_set, "n_prompts": n, "n_tokens": probes.meta["n_tokens"],
+            "n_tasks": len(scored), "task_set": scored_set(probes.task_set, [s.task for s in splits], list(scored)),
+            "n_prompts": n, "n_tokens": probes.meta["n_tokens"],
             "n_constant": pre.n_constant, "n_nonfinite": pre.n_nonfinite, "n_unconverged": pre.n_unconverged,
             "task_failures": probes.failures, "tasks_missing": sorted(probes.meta["missing"]), "dtype": "float32",
         }  # fmt: skip

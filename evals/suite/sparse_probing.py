@@ -14,7 +14,7 @@ import numpy as np
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.probe_activations import ProbeActivations, ProbeConfig, TaskSplit
-from evals.probe_units import Weights, group_weights, sums_by_unit, weighted_auc
+from evals.probe_units import Weights, group_weights, scored_set, sums_by_unit, weighted_auc
 from evals.results import Estimate, Metric
 from sae.config import to_dict
 from sae.manifest import rng
@@ -117,7 +117,8 @@ class SparseProbing:
         values = {task: _task_values(entries, task, ctx) for task, entries in scored.items()}
         _add_rows(rows, values, scored, probes, ks, ctx)
         counts = {
-            "n_tasks": len(scored), "task_set": probes.task_set, "n_prompts": len(probes.x_ND),
+            "n_tasks": len(scored), "n_prompts": len(probes.x_ND),
+            "task_set": scored_set(probes.task_set, [s.task for s in probes.splits], list(scored)),
             "n_short": sum(len(e.columns[k]) < k for entries in scored.values() for e in entries for k in ks),
             "task_failures": probes.failures, "dtype": "float32",
         }  # fmt: skip

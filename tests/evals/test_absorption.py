@@ -239,6 +239,20 @@ def test_the_whole_evaluation_on_a_model_that_spells(spelling_lm, tmp_path):
     assert {r.metric: r.value for r in again.rows if r.slice == ""} == {m: r.value for m, r in rows.items()}
 
 
+def test_rows_of_a_foreign_sae_name_the_model_that_read_the_words(spelling_lm, tmp_path):
+    """Its file says no model; measured on two models of one width, it must not find the rows of the first again."""
+    from dataclasses import replace
+
+    def inputs(revision, known):
+        subject = SAESubject(LetterSAE(spelling_lm), info(spelling_lm, "layers.1", "letters", d_in=D, d_sae=26))
+        subject.info = replace(subject.info, lm_revision=known)
+        spelling_lm.revision = revision
+        return PLUGIN.inputs(context(spelling_lm, "layers.1", None, subject, tmp_path))
+
+    assert inputs("one", "unknown")["lm"] == "one" and inputs("two", "unknown")["lm"] == "two"
+    assert inputs("two", "told")["lm"] == "told"
+
+
 def test_latents_that_carry_no_letter_absorb_nothing_and_say_so(spelling_lm, tmp_path):
     rows = {r.metric: r for r in run(spelling_lm, LetterSAE(spelling_lm, good=False), tmp_path).rows if r.slice == ""}
     assert rows["main_f1"].value < 0.5

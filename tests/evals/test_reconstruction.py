@@ -174,3 +174,38 @@ def test_tokens_without_latents_count_as_zero(x, doc) -> None:
     found = rec.code_estimates(acc, 0, 50)
     assert found["l0"].value == 0 and found["dead_frac"].value == 1
     assert acc.l0_counts[0].total("n") == N
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0])
+def test_the_best_values_undo_shrinkage_on_the_same_latents(tmp_path, scale: float) -> None:
+    """x is made of three of twelve orthonormal rows; an encoder that says 0.8 of their values errs by 0.2 of each."""
+    from types import SimpleNamespace
+
+    from golden_worlds import topk
+    from memory_store import MemoryStore, MemoryTokens, context
+
+    r = rng("refined")
+    rows = np.linalg.qr(r.normal(size=(D, D)))[0][:F]
+    z = np.zeros((N, F))
+    for i in range(N):
+        z[i, r.choice(F, size=3, replace=False)] = r.uniform(1, 2, size=3)
+    x = torch.from_numpy((z @ rows).astype(np.float32))
+    subject = topk(rows.astype(np.float32), 0.0, 3, "planted")
+    subject.sae.W_enc_FD.mul_(scale)
+    tokens = MemoryTokens(np.zeros((N // 30, 30), dtype=np.uint16), np.repeat(np.arange(N // 30), 30).reshape(-1, 30))
+    keep = np.arange(N) % 30 > 0
+    store = MemoryStore(tokens, x, keep)
+    lm = SimpleNamespace(name="lm", revision="r")
+    found = {}
+    for preset in ("tiny", "paper"):
+        ctx = context(lm, "layers.1", store, subject, tmp_path)
+        ctx.preset = preset
+        found[preset] = {row.metric: row for row in rec.PLUGIN.run(ctx).rows}
+    assert not {"fvu_refined", "fvu_of_values"} & found["tiny"].keys()
+    kept = x[torch.from_numpy(keep)].double()
+    share = float((1 - scale) ** 2 * kept.square().sum() / (kept - kept.mean(0)).square().sum())
+    got = found["paper"]
+    assert got["fvu"].value == pytest.approx(share, abs=1e-6) and got["fvu_refined"].value == pytest.approx(0, abs=1e-9)
+    assert got["fvu_of_values"].value == pytest.approx(share, abs=1e-6)
+    if scale < 1:
+        assert got["fvu_of_values"].n == N // 30 and got["fvu_of_values"].ci_low < share < got["fvu_of_values"].ci_high

@@ -230,6 +230,22 @@ def test_dead_codes_are_undefined(tmp_path):
     assert values(result, "task=one")["auc_k5"].failure == "no_active_latent"
 
 
+def test_a_mean_over_fewer_tasks_is_of_another_task_set(tmp_path):
+    """A subject that is silent on one task has a mean over the others; `compare` refuses it by this name."""
+
+    class SilentOnSecond(Codes):
+        def encode_sparse(self, x_ND):
+            return super().encode_sparse(torch.where(torch.arange(len(x_ND))[:, None] < N, x_ND, -1.0))
+
+    label = rng("label").integers(0, 2, N)
+    probes = store(tmp_path, background(), {"one": label, "two": 1 - label})
+    whole, part = run(tmp_path, probes), run(tmp_path, probes, SilentOnSecond(INFO))
+    assert whole.counts["task_set"] == "planted" and whole.counts["n_tasks"] == 2
+    assert part.counts["task_set"] == "planted without two" and part.counts["n_tasks"] == 1
+    assert values(part)["auc_k1"].n_failed == 1 and values(part)["auc_k1"].value is not None
+    assert values(part, "task=two")["auc_k1"].failure == "no_active_latent"
+
+
 def test_floors_are_made_once_for_all_subjects(tmp_path, monkeypatch):
     label = rng("label").integers(0, 2, N)
     probes, shared, made = store(tmp_path, background(), {"one": label}), {}, []
