@@ -75,7 +75,8 @@ class Pmi:
         return out
 
     def _windows(self, view: LatentView) -> tuple[list[Exemplar], list[Exemplar]]:
-        """The strongest windows and as many others spread over the range, and silent ones. Empty where too few."""
+        """Three of the ten strongest windows (the first in the text), one of the strongest quantile group, and silent
+        ones; other positive windows where these are too few. Empty without two positive and one silent."""
         top = [e for e in view.exemplars if e.kind == "top"]
         spread = [e for e in view.exemplars if e.kind == "quantile"][::-1]
         positive = top[: self.active - self.active // 4] + spread[: self.active // 4]
