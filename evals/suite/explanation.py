@@ -1,8 +1,9 @@
 """G. Explanations: the scores of autointerp joined to rows, each beside its shuffled floor (METRICS G, AUTOINTERP 5).
 
-One slice per (explainer, scorer, judge); different judges are never averaged. The slice `explainer=selected` takes for
-each latent the explanation that was chosen on the split calibrate. pi_l = share of the score split's windows on which
-latent l is active, R_l = recall, phi_l = false-positive rate over all silent windows. The unit is the latent.
+One slice per (explainer, scorer, judge); a prompted judge's name holds its mode, and judges are never averaged. The
+slice `explainer=selected` takes for each latent the explanation that was chosen on the split calibrate. pi_l = share of
+the score split's windows on which latent l is active, R_l = recall, phi_l = false-positive rate over all silent
+windows. The unit is the latent.
 """
 
 import logging
