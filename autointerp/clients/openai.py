@@ -49,7 +49,7 @@ CANARY = GenerateRequest(messages=(Message(role="user", content="Answer with the
 MAX_WARMUP_TEXTS = 8
 TOO_LONG = re.compile(
     r"context.{0,3}(length|size|window)|maximum context|too long|longer than|too many tokens|"
-    r"exceeds? the (maximum|available|limit)|must be (<=|less than)",
+    r"exceeds? the (maximum|available|limit)|must be (<=|less than)|greater than max_model_len",
     re.IGNORECASE,
 )
 """How servers say that a prompt is too long: OpenAI, vLLM, llama.cpp, SGLang, TGI, gateways."""
@@ -248,7 +248,7 @@ class OpenAIClient:
         if (structured, reasoning) != (self.structured, self.reasoning):
             return True
         said = error.response.text.lower()
-        if TOO_LONG.search(said):  # vLLM names both limits when a prompt is too long for either
+        if TOO_LONG.search(said):  # vLLM has named both limits when a prompt was too long for either
             return False
         if not self.reasoning and "max_completion_tokens" in said and "max_tokens" in said:
             self.reasoning = True

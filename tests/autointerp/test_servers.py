@@ -26,13 +26,20 @@ TOO_LONG = {
         "message": "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000.",
         "code": "context_length_exceeded",
     }}),
-    "vllm": (400, {"error": {
+    "vllm of 2025": (400, {"error": {
         "message": "'max_tokens' or 'max_completion_tokens' is too large: 30. This model's maximum context length is "
         "2048 tokens and your request has 2040 input tokens (30 > 2048 - 2040).", "type": "BadRequestError",
     }}),
+    "vllm 0.32": (400, {"error": {
+        "message": "This model's maximum context length is 2048 tokens. However, your prompt contains at least 2049 "
+        "input tokens, which exceeds this limit even without any output tokens.", "type": "BadRequestError",
+    }}),
+    "vllm 0.32, reply": (400, {"error": {
+        "message": "max_tokens=4000 cannot be greater than max_model_len=2048. Please request fewer output tokens.",
+    }}),
     "llama.cpp": (400, {"error": {
-        "code": 400, "message": "the request exceeds the available context size, try increasing it",
-        "type": "exceed_context_size_error", "n_ctx": 2048,
+        "code": 400, "message": "request (4031 tokens) exceeds the available context size (2048 tokens), try "
+        "increasing it", "type": "exceed_context_size_error", "n_ctx": 2048,
     }}),
     "sglang": (400, {"message": "The input (5000 tokens) is longer than the model's context length (4096 tokens)."}),
     "tgi": (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000"}),
@@ -58,7 +65,7 @@ def client_of(server: ChatServer, **options) -> OpenAIClient:
 
 @pytest.mark.parametrize("kind", TOO_LONG)
 def test_a_prompt_that_is_too_long_changes_nothing_for_the_others(kind: str) -> None:
-    """vLLM names max_completion_tokens in that refusal: taken for a reasoning model, it would have got all later
+    """vLLM named max_completion_tokens in that refusal: taken for a reasoning model, it would have got all later
     requests without their temperature, its own default instead of greedy, under the keys of greedy ones."""
     status, body = TOO_LONG[kind]
 
