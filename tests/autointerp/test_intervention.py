@@ -293,3 +293,37 @@ def test_it_is_part_of_the_estimate() -> None:
     )  # fmt: skip
     by_name = {s.stage: s for s in stages}
     assert by_name["score.intervention"].requests > 10 and by_name["check.intervention"].requests > 10
+
+
+def letters_of(explanation: str) -> set[str]:
+    return set(explanation.strip().removeprefix("writes ").replace(" or ", ""))
+
+
+def careful(request):
+    """Knows what each text says of a piece: a letter that it names has the probability that the text leaves it."""
+    if request.verb == "continuation":
+        piece = request.prompt.rpartition("\n\n")[0]
+        sums = tuple(-3.0 + 4 * _fit(c, piece) for c in request.continuations)
+        return LogprobReply(sums=sums, counts=(1,) * len(sums))
+    explanation, *groups = request.messages[-1].content.splitlines()
+    p = np.array([1e-3 + _fit(explanation.partition(": ")[2], g[4:]) for g in groups])
+    return LogprobReply(rows=((*np.log(p / p.sum()).tolist(), None, None, None),))
+
+
+def _fit(explanation: str, piece: str) -> float:
+    wanted = letters_of(explanation)
+    return sum(piece.count(c) for c in wanted) / len(wanted) / max(len(piece), 1)
+
+
+def test_near_misses_come_after_the_truth(tiny_lm, planted) -> None:
+    """A text that names more than the latent writes, one that names only other letters, one that names nothing seen."""
+    for latent in range(3):
+        own, other, third = (LETTERS[(latent + k) % len(LETTERS)] for k in range(3))
+        near = [f"writes {own} or {other}", f"writes {own} or {other} or {third}", f"writes {other} or {third}",
+                f"writes {other}", "writes %"]  # fmt: skip
+        found, _ = score(tiny_lm, planted, [job(planted, latent, t) for t in (f"writes {own}", *near)], careful)
+        true, *rest = [totals(r) for r in found]
+        assert true["choice"] == true["choice_likelihood"] == 1.0
+        gains = [r["surprisal_gain"] for r in rest]
+        assert all(true["surprisal_gain"] > g + 0.5 for g in gains)
+        assert gains[0] > gains[1] > max(gains[2:]) + 0.1  # the wider, the less; what leaves the letter out, nothing
