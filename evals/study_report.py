@@ -193,7 +193,7 @@ def _sentence(line: Line, a: StudyCell, b: StudyCell) -> str:
     winner, loser = (b, a) if line.verdict == "B better" else (a, b)
     return (
         f"- **{winner.architecture}** over {loser.architecture} at k {a.k}: {line.title}, "
-        f"Δ {number(abs(line.delta or 0.0))} "
+        f"Δ {number(line.delta or 0.0)} "
         f"[{number(line.ci_low or 0.0)}, {number(line.ci_high or 0.0)}] ({b.architecture} minus {a.architecture}), "
         f"p {number(line.p_holm or 0.0, 2)}"
     )
