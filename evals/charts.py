@@ -11,6 +11,8 @@ from markupsafe import Markup, escape
 
 W, H = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+CROWDED = 8
+"""Marks above which a label that finds no room is left out: its mark says who it is, by the key and when hovered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +98,10 @@ def _mark(series: int, x: float, y: float) -> str:
     return f'<g class="s{series % 6}">{shapes[series % 4]}</g>'
 
 
-def _place(label: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> tuple[float, float, str]:
-    """Where a label goes: the first of eight spots that hits nothing placed before."""
+def _place(
+    label: str, x: float, y: float, taken: list[tuple[float, float, float, float]], crowded: bool
+) -> tuple[float, float, str] | None:
+    """Where a label goes: the first of eight spots that hits nothing placed before; on a crowded plot else nowhere."""
     width = 6.3 * len(label)
     spots = [
         (9, -6, "start"),
@@ -119,6 +123,9 @@ def _place(label: str, x: float, y: float, taken: list[tuple[float, float, float
             best = (x + dx, y + dy, anchor, box)
         if inside and free:
             break
+    else:
+        if crowded:
+            return None
     assert best is not None
     taken.append(best[3])
     return best[0], best[1], best[2]
@@ -145,41 +152,36 @@ def scatter(points: Sequence[Point], x_name: str, y_name: str, title: str) -> Ma
         if p.x_ci:
             a, b = x(p.x_ci[0]), x(p.x_ci[1])
             marks.append(f'<path class="bar" d="M{a:.1f} {y(p.y):.1f}H{b:.1f}m0-4v8M{a:.1f} {y(p.y) - 4:.1f}v8"/>')
-        tx, ty, anchor = _place(p.label, x(p.x), y(p.y), taken)
+        spot = _place(p.label, x(p.x), y(p.y), taken, len(points) > CROWDED)
         marks.append(_mark(p.series, x(p.x), y(p.y)))
-        marks.append(f'<text class="label" x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}">{escape(p.label)}</text>')
+        if spot is not None:
+            at = f'x="{spot[0]:.1f}" y="{spot[1]:.1f}" text-anchor="{spot[2]}"'
+            marks.append(f'<text class="label" {at}>{escape(p.label)}</text>')
         group = f'<g class="point {kind}"><title>{escape(p.note or p.label)}</title>{"".join(marks)}</g>'
         body.append(
             f'<a href="{escape(p.href)}" aria-label="{escape(p.note or p.label)}">{group}</a>' if p.href else group
         )
-    return _svg(W, H, "".join(body), title)
+    return _svg(W, H, "".join(body), title, role="group")  # role img would hide the links in it
 
 
-def _svg(width: float, height: float, body: str, title: str, css: str = "chart") -> Markup:
+def _svg(width: float, height: float, body: str, title: str, css: str = "chart", role: str = "img") -> Markup:
     return Markup(
-        f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">{body}</svg>'
+        f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}" role="{role}" aria-label="{escape(title)}">{body}</svg>'
     )
 
 
-def interval_bar(
-    value: float, low: float | None, high: float | None, floor: float | None, span: tuple[float, float]
-) -> Markup:
-    """The inside of a leaderboard cell: interval as a line, value as a dot, floor as a tick, on the column's scale."""
-    width, height = 76.0, 10.0
-    a, b = span
-    if not b > a:
+def key(names: Sequence[str], floors: bool) -> Markup:
+    """Which mark is which architecture, as a list; ``names`` in the order of their series."""
+    if not names:
         return Markup("")
 
-    def x(v: float) -> float:
-        return 4 + min(1.0, max(0.0, (v - a) / (b - a))) * (width - 8)
+    def item(series: int, name: str) -> str:
+        kind = "floor" if series < 0 else f"s{series % 6}"
+        mark = f'<svg viewBox="0 0 16 16" aria-hidden="true"><g class="point {kind}">{_mark(series, 8, 8)}</g></svg>'
+        return f"<li>{mark} {escape(name)}</li>"
 
-    body = f'<line class="rail" x1="4" x2="{width - 4:g}" y1="5" y2="5"/>'
-    if floor is not None:
-        body += f'<line class="tickfloor" x1="{x(floor):.1f}" x2="{x(floor):.1f}" y1="0.5" y2="9.5"/>'
-    if low is not None and high is not None:
-        body += f'<line class="ci" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="5" y2="5"/>'
-    body += f'<circle class="dot" cx="{x(value):.1f}" cy="5" r="2.6"/>'
-    return Markup(f'<svg class="mini" viewBox="0 0 {width:g} {height:g}" aria-hidden="true">{body}</svg>')
+    items = [item(i, name) for i, name in enumerate(names)] + ([item(-1, "floor")] if floors else [])
+    return Markup(f'<ul class="key" aria-label="Marks">{"".join(items)}</ul>')
 
 
 def strip(
@@ -244,6 +246,34 @@ def bars(
     body.append(f'<text class="tick" x="0" y="{height - 4:g}">{escape(edges[0])}</text>')
     body.append(f'<text class="tick" x="{width:g}" y="{height - 4:g}" text-anchor="end">{escape(edges[1])}</text>')
     return _svg(width, height, "".join(body), title, "chart small")
+
+
+def overlaid(values: Sequence[float], floors: Sequence[float], title: str, n_bins: int = 24) -> Markup:
+    """Two histograms on one axis, as shares of each: values filled, floors as an outline."""
+    known = [v for v in (*values, *floors) if math.isfinite(v)]
+    if len(known) < 2 or min(known) == max(known):
+        return Markup("")
+    width, height, base = 300.0, 76.0, 60.0
+    low, high = min(known), max(known)
+    shares = []
+    for group in (values, floors):
+        counts = [0] * n_bins
+        for v in group:
+            if math.isfinite(v):
+                counts[min(n_bins - 1, int((v - low) / (high - low) * n_bins))] += 1
+        shares.append([c / max(1, sum(counts)) for c in counts])
+    top, step = max(max(s) for s in shares), width / n_bins
+    tall = [[share / top * (base - 6) for share in group] for group in shares]
+    bars_of = [(i * step, t) for i, t in enumerate(tall[0]) if t]
+    filled = "".join(f"M{x:.1f} {base:g}v{-t:.1f}h{step * 0.85:.1f}v{t:.1f}z" for x, t in bars_of)
+    body = f'<g class="hist"><path d="{filled}"/></g>'
+    if floors:
+        outline = "".join(f"V{base - t:.1f}h{step:.1f}" for t in tall[1])
+        body += f'<path class="line floor" d="M0 {base:g}{outline}V{base:g}"/>'
+    body += f'<line class="rail" x1="0" x2="{width:g}" y1="{base:g}" y2="{base:g}"/>'
+    for x, anchor, v in ((0, "start", low), (width, "end", high)):
+        body += f'<text class="tick" x="{x:g}" y="{height - 4:g}" text-anchor="{anchor}">{v:.2g}</text>'
+    return _svg(width, height, body, title, "chart small")
 
 
 def lines(series: Sequence[tuple[str, Sequence[float], Sequence[float]]], x_name: str, title: str) -> Markup:

@@ -4,7 +4,7 @@ Everything here is plain data for ``latent.html.j2``, which escapes it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from autointerp.records import Explanation, JudgeCheck, LatentScore
@@ -52,10 +52,13 @@ class SaeDigest:
     texts: Mapping[int, str]
     """What each explained latent is called, by number, ascending."""
     checks: tuple[JudgeCheck, ...] = ()
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Its training configuration; empty where unknown."""
 
     @staticmethod
     def of(sae: SaeData) -> "SaeDigest":
-        return SaeDigest({x.latent: headline_text(x) for x in sae.latents}, tuple(sae.checks))
+        texts = {x.latent: headline_text(x) for x in sae.latents}
+        return SaeDigest(texts, tuple(sae.checks), dict(sae.cfg.get("train") or {}))
 
 
 def weak_checks(checks: Iterable[JudgeCheck]) -> dict[tuple[str, str], str]:
@@ -161,7 +164,7 @@ def _explanation(e: Explanation, chosen: Explanation | None, tokens: TokenReader
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
-def _floor_of(score: LatentScore, floors: Sequence[LatentScore]) -> LatentScore | None:
+def floor_of(score: LatentScore, floors: Sequence[LatentScore]) -> LatentScore | None:
     """The shuffled floor on the same windows, by scorer, judge, metric, group; of several, that of the explainer."""
     same = [
         f
@@ -185,7 +188,7 @@ def _score_rows(
     for s in latent.scores:
         if s.floor_kind or bool(s.group) != grouped:
             continue
-        floor, explanation = _floor_of(s, floors), names.get(s.explanation_id)
+        floor, explanation = floor_of(s, floors), names.get(s.explanation_id)
         gain = s.value - floor.value if s.value is not None and floor is not None and floor.value is not None else None
         label = s.explainer + (
             f" #{explanation.candidate}" if explanation is not None and explanation.candidate else ""

@@ -41,9 +41,9 @@ class Live:
         self._lock = threading.Lock()
 
     def subjects(self) -> list[dict[str, Any]]:
-        """The SAEs to choose from: id, number of latents, page."""
+        """The SAEs to choose from: id, number of latents, name of its pages and where they start."""
         return [
-            {"id": i, "d_sae": int(d.cfg.get("d_sae", 0)), "href": f"/site/sae/{slug(i)}.html"}
+            {"id": i, "d_sae": int(d.cfg.get("d_sae", 0)), "page": slug(i), "href": f"/site/sae/{slug(i)}.html"}
             for i, d in self.data.items()
         ]
 

@@ -84,16 +84,16 @@ def difference(a: Cell, b: Cell, draws: Draws | None) -> list[Any] | None:
     return [_short(value), _short(value - half), _short(value + half), 0]
 
 
-def pair_differences(board: Board, draws: Draws | None) -> dict[str, list[list[Any] | None]]:
+def pair_differences(board: Board, draws: Draws | None, i: int) -> dict[str, list[list[Any] | None]]:
     """``"i-j"`` (i < j, places on the board) -> differences i - j by column, within one LM and hookpoint."""
-    found = {}
-    for i, a in enumerate(board.subjects):
-        for j, b in enumerate(board.subjects[i + 1 :], start=i + 1):
-            if same_place(a, b):
-                found[f"{i}-{j}"] = [
-                    difference(board.cells[a.sae_id, c.id], board.cells[b.sae_id, c.id], draws) for c in board.columns
-                ]
-    return found
+    a = board.subjects[i]
+    return {
+        f"{i}-{j}": [
+            difference(board.cells[a.sae_id, c.id], board.cells[b.sae_id, c.id], draws) for c in board.columns
+        ]
+        for j, b in enumerate(board.subjects[i + 1 :], start=i + 1)
+        if same_place(a, b)
+    }
 
 
 def same_place(a: BoardSubject, b: BoardSubject) -> bool:

@@ -3,7 +3,7 @@
 Torch-free: decoders are read as numpy. N explained latents, F latents, D width of the activation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from evals.board import Board
 from evals.gains import Draws
 from evals.latent_page import SaeDigest
 from evals.page_board import board_data, pair_differences, same_place
-from evals.page_text import slug
+from evals.page_text import data_block, slug
 
 MAX_DECODER = 2**25
 """Numbers in a decoder (F x D) up to which its latents are matched: above it a pair would take minutes of the build."""
@@ -74,19 +74,32 @@ def _matched_pairs(root: Path, board: Board, digests: Mapping[str, SaeDigest]) -
     return {key: found[key] for key in sorted(found) if found[key]}
 
 
-def compare_context(
+def compare_context(board: Board) -> dict[str, Any]:
+    """What compare.html.j2 needs: columns and subjects. What belongs to pairs is in the files of compare_parts."""
+    drawn = board_data(board) if board.subjects else {"columns": [], "subjects": []}
+    for i, subject in enumerate(drawn["subjects"]):
+        subject["part"] = f"compare/{i}.js"
+    return {"drawn": drawn}
+
+
+def compare_parts(
     root: Path, board: Board, digests: Mapping[str, SaeDigest], draws: Draws | None
-) -> dict[str, Any]:
-    """What compare.html.j2 needs. Of the explanations only those of latents that are in a match."""
+) -> Iterator[tuple[str, str]]:
+    """(path, script) per subject i, read by compare.js when it is chosen: a page of all pairs would grow by the square.
+
+    ``pairs``: differences to the subjects after it; ``matched``: its latents in others; ``texts`` of its latents, only
+    of those that are in a match.
+    """
     matched = _matched_pairs(root, board, digests)
     named: dict[int, set[int]] = {}
     for key, found in matched.items():
         for side, column in zip(map(int, key.split("-")), (0, 1), strict=True):
             named.setdefault(side, set()).update(pair[column] for pair in found)
-    texts = {
-        str(i): {str(n): text for n, text in digests[s.sae_id].texts.items() if n in named[i]}
-        for i, s in enumerate(board.subjects)
-        if i in named and s.sae_id in digests
-    }
-    drawn = {"pairs": pair_differences(board, draws), "matched": matched, "texts": texts}
-    return {"drawn": (board_data(board) if board.subjects else {"columns": [], "subjects": []}) | drawn}
+    for i, subject in enumerate(board.subjects):
+        texts = digests[subject.sae_id].texts if subject.sae_id in digests else {}
+        part = {
+            "pairs": pair_differences(board, draws, i),
+            "matched": {key: found for key, found in matched.items() if key.startswith(f"{i}-")},
+            "texts": {str(n): text for n, text in texts.items() if n in named.get(i, ())},
+        }
+        yield f"compare/{i}.js", f"saescope.receive({i},{data_block(part)});\n"

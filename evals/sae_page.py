@@ -12,6 +12,7 @@ from evals.latent_page import ScoreColumn, best_scores, score_columns
 from evals.page_board import cell_list
 from evals.page_data import LatentData, SaeData
 from evals.page_profile import field_profile
+from evals.page_scores import coverage, distributions, floors_of
 from evals.page_text import config_text, slug, visible
 from evals.page_windows import failure_text
 
@@ -99,7 +100,8 @@ def _chosen(latent: LatentData) -> Explanation | None:
 
 
 def _latent_list(sae: SaeData, columns: Sequence[ScoreColumn]) -> list[list[Any]]:
-    """Rows as sae.js draws them: latent, text, failure, explainer, density, then a cell list per score column."""
+    """Rows as sae.js draws them: latent, text, failure, explainer, density, then a cell list per score column, with its
+    shuffled floor at the end where there is one."""
     rows: list[list[Any]] = []
     for latent in sae.latents:
         chosen, scores = _chosen(latent), best_scores(latent)
@@ -108,9 +110,14 @@ def _latent_list(sae: SaeData, columns: Sequence[ScoreColumn]) -> list[list[Any]
             failure = f"failed: {failure_text(chosen.failure)}"
         text = (chosen.text or ("n-gram pattern" if chosen.pattern else "")) if chosen else ""
         density = plain(latent.stats.get("density"))
-        row = [latent.latent, visible(text), visible(failure), visible(chosen.explainer) if chosen else ""]
+        row: list[Any] = [latent.latent, visible(text), visible(failure), visible(chosen.explainer) if chosen else ""]
         row.append(None if density is None else float(f"{density:.3g}"))
-        rows.append([*row, *(cell_list(scores.get(c.key, Cell(reason="not scored"))) for c in columns)])
+        floors = floors_of(latent)
+        for c in columns:
+            cell = cell_list(scores.get(c.key, Cell(reason="not scored")))
+            floored = len(cell) > 1 and c.key in floors
+            row.append([*cell, float(f"{floors[c.key]:.3g}")] if floored else cell)
+        rows.append(row)
     return rows
 
 
@@ -165,6 +172,8 @@ def sae_context(subject: BoardSubject, board: Board, rows: "pd.DataFrame", sae: 
             "rows": _latent_list(sae, columns),
         },
         "extremes": _extremes(sae, columns),
+        "coverage": coverage(sae),
+        "distributions": distributions(sae, columns),
         "compare_href": f"../compare.html#{urlencode({'a': subject.sae_id})}",
         "profile": field_profile(subject, board),
         "metrics": [m for m in metrics if not m["slice"]],

@@ -61,7 +61,8 @@ def copy_artefacts(root: Path, old_id: str, new_id: str, old_key: str, new_key: 
     import pyarrow.parquet as pq
 
     for kind in KINDS:
-        inputs = {n: new_key for n in read_manifest(root / kind / old_key)["inputs"]}
+        known = read_manifest(root / kind / old_key)["inputs"]
+        inputs = {n: new_key if v == old_key else v for n, v in known.items()}
         with writing(root / kind / new_key, kind=kind, key=new_key, stage_version=1, config={}, inputs=inputs) as out:
             out.counts["sae_id"] = new_id
             for file in sorted((root / kind / old_key).iterdir()):

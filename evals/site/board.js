@@ -5,14 +5,14 @@
   const { el, svg, data, digits, sortable, state, remember } = window.saescope;
   const board = data("board-data");
   const table = document.getElementById("board");
-  if (!board || !table) return;
+  if (!board || !board.columns || !table) return;
 
   // -- filters: floors have no width of their own choosing, so they follow model and hookpoint alone
   const form = document.getElementById("filters");
   const fields = [...form.querySelectorAll("[name]")];
   const shown = new Set();
 
-  function fits(subject, row) {
+  function fits(subject, text) {
     const want = Object.fromEntries(fields.map((f) => [f.name, f.value.trim()]));
     const is = (name) => !want[name] || String(subject[name]) === want[name];
     if (!is("lm") || !is("hookpoint")) return false;
@@ -20,18 +20,42 @@
     if (!is("architecture") || !is("d_sae")) return false;
     if (want.l0min !== "" && !(subject.l0 !== null && subject.l0 >= Number(want.l0min))) return false;
     if (want.l0max !== "" && !(subject.l0 !== null && subject.l0 <= Number(want.l0max))) return false;
-    const text = row.textContent.toLowerCase();
     return want.q.toLowerCase().split(/\s+/).every((word) => text.includes(word));
   }
 
+  // -- recipes: SAEs that differ in the training seed alone, folded under one line unless somebody wants to see them
+  const groups = [...table.querySelectorAll("tr[data-head]")].map((head) => {
+    const title = head.cells[0].dataset.v;
+    return { head, title, button: head.querySelector("button.fold"), open: false, unfolded: false,
+      rows: [...head.parentNode.rows].filter((row) => row !== head), recipe: (board.recipes || []).find((r) => r.title === title) };
+  });
+  const every = document.getElementById("every");
+  const headOf = new Map(groups.flatMap((group) => group.rows.map((row) => [row, group])));
+  const keepFolds = () => remember({ seeds: every && every.checked ? "all" : groups.filter((g) => g.open).map((g) => g.title).join("|") });
+  for (const group of groups) group.button.addEventListener("click", () => {
+    group.open = !group.unfolded;
+    if (every.checked && !group.open) { every.checked = false; for (const other of groups) other.open = other !== group; }
+    keepFolds();
+    filter();
+  });
+  if (every) every.addEventListener("change", () => { for (const group of groups) group.open = false; keepFolds(); filter(); });
+
   const rows = [...table.querySelectorAll("tr[data-i]")];
+  const texts = new Map(rows.map((row) => [row, `${row.textContent} ${headOf.has(row) ? headOf.get(row).title : ""}`.toLowerCase()]));
   const count = document.getElementById("count");
   function filter() {
     shown.clear();
     for (const row of rows) {
-      const i = Number(row.dataset.i), keep = fits(board.subjects[i], row);
+      const i = Number(row.dataset.i), keep = fits(board.subjects[i], texts.get(row));
       row.hidden = !keep;
       if (keep) shown.add(i);
+    }
+    for (const group of groups) { // one that the filters split shows what is left of it
+      const kept = group.rows.filter((row) => !row.hidden);
+      group.unfolded = every.checked || group.open || (kept.length > 0 && kept.length < group.rows.length);
+      group.head.hidden = !kept.length;
+      group.button.setAttribute("aria-expanded", String(group.unfolded));
+      if (!group.unfolded) for (const row of kept) row.hidden = true;
     }
     const total = board.subjects.filter((s) => !s.floor).length;
     count.textContent = `${[...shown].filter((i) => !board.subjects[i].floor).length} of ${total} SAEs`;
@@ -44,8 +68,60 @@
     filter();
   });
 
+  // -- what the page leaves to this script, for its weight: keys to sort by, usual hints, and the little interval plots
   const heads = [...table.tHead.rows[0].cells];
+  const first = heads.findIndex((head) => head.dataset.id === board.columns[0].id);
+  function bar(bounds, [value, low, high], floor) {
+    const x = (v) => (4 + 68 * Math.min(1, Math.max(0, (v - bounds.low) / (bounds.high - bounds.low)))).toFixed(1);
+    const set = { v: x(value) };
+    if (typeof low === "number" && typeof high === "number") { set.l = x(low); set.w = (x(high) - x(low)).toFixed(1); }
+    if (typeof floor === "number") set.f = x(floor);
+    const node = el("span", { class: "ib", "aria-hidden": "true" });
+    for (const [name, number] of Object.entries(set)) node.style.setProperty(`--${name}`, number);
+    return node;
+  }
+  function finish(row, cells, floorOf) {
+    board.columns.forEach((column, c) => {
+      const cell = row.cells[first + c], value = typeof cells[c][0] === "number" ? cells[c][0] : null;
+      cell.dataset.v = value === null ? "" : String(value);
+      if (value === null) return;
+      if (!cell.title) cell.title = column.usual;
+      if (board.bars[c]) cell.append(bar(board.bars[c], cells[c], floorOf(c)));
+    });
+  }
+  // A column's own floor (shuffled explanations) of the same SAE, else the value of its random SAE.
+  const floorOf = (s) => (c) => {
+    const own = board.bars[c].own.map((other) => s.cells[other][0]).find((v) => typeof v === "number");
+    return own !== undefined ? own : s.random >= 0 ? board.subjects[s.random].cells[c][0] : null;
+  };
+  for (const row of rows) finish(row, board.subjects[Number(row.dataset.i)].cells, floorOf(board.subjects[Number(row.dataset.i)]));
+  for (const { head, recipe } of groups) finish(head, recipe.cells, (c) => {
+    const found = recipe.members.map((i) => floorOf(board.subjects[i])(c)).filter((v) => typeof v === "number");
+    return found.length ? found.reduce((a, b) => a + b) / found.length : null;
+  });
   const sort = sortable(table, (column, next) => remember({ sort: `${heads[column].dataset.id}:${next}` }));
+
+  // -- columns: at first those without any value are off, and on a phone what the name says anyway
+  const narrow = matchMedia("(max-width: 640px)").matches;
+  const usual = heads.filter((head) => head.hasAttribute("data-off") || (narrow && ["architecture", "d_sae", "k"].includes(head.dataset.id)))
+    .map((head) => head.dataset.id);
+  const boxes = heads.slice(1).map((head) => el("input", { type: "checkbox", value: head.dataset.id }));
+  const columns = document.getElementById("columns");
+  columns.querySelector(".checks").append(...heads.slice(1).map((head, i) =>
+    el("label", { class: "check" }, boxes[i], ` ${head.querySelector("button").firstChild.textContent}`)));
+  function hide(ids) {
+    heads.forEach((head, c) => {
+      const off = ids.includes(head.dataset.id);
+      for (const row of table.rows) if (row.cells.length === heads.length) row.cells[c].hidden = off;
+    });
+    for (const box of boxes) box.checked = !ids.includes(box.value);
+    columns.querySelector("summary").textContent = `Columns (${boxes.filter((box) => box.checked).length} of ${boxes.length})`;
+  }
+  for (const box of boxes) box.addEventListener("change", () => {
+    const off = boxes.filter((b) => !b.checked).map((b) => b.value);
+    remember({ hide: off.join() === usual.join() ? "" : off.join() || "none" });
+    hide(off);
+  });
 
   // -- the plot
   const axes = [...board.columns.map((c, i) => ({ ...c, of: (s) => s.cells[i] })),
@@ -111,24 +187,52 @@
     return parts;
   }
 
-  const label = (s) => (s.floor ? s.id.split(".")[1] : s.id.split(".").find((part) => part.startsWith(s.architecture))) || s.short;
+  const label = (s) => s.label || (s.floor ? s.id.split(".")[1] : s.id.split(".").find((part) => part.startsWith(s.architecture))) || s.short;
 
-  function point(s, px, py, x, y, axisX, axisY) {
+  // The first of eight spots that hits nothing; with many marks a label without one is left out.
+  function spot(text, x, y, taken, crowded) {
+    const width = 6.4 * text.length;
+    const spots = [[10, -7, "start"], [-10, -7, "end"], [10, 14, "start"], [-10, 14, "end"], [0, -13, "middle"], [0, 21, "middle"], [10, -21, "start"], [10, 28, "start"]];
+    const boxes = spots.map(([dx, dy, anchor]) => {
+      const left = x + dx - { start: 0, end: width, middle: width / 2 }[anchor];
+      return { x: x + dx, y: y + dy, anchor, box: [left, y + dy - 11, left + width, y + dy + 3] };
+    });
+    const inside = ({ box }) => box[0] >= L && box[2] <= W && box[1] >= 0 && box[3] <= H - B + 2;
+    const free = ({ box }) => taken.every((t) => box[2] < t[0] || box[0] > t[2] || box[3] < t[1] || box[1] > t[3]);
+    const found = boxes.find((b) => inside(b) && free(b)) || (crowded ? null : boxes.find(inside) || boxes[0]);
+    if (found) taken.push(found.box);
+    return found;
+  }
+
+  function point([s, px, py], x, y, axisX, axisY, taken, crowded) {
     const cx = x.at(px[0]), cy = y.at(py[0]), parts = [];
     if (typeof py[1] === "number") parts.push(svg("path", { class: "bar", d: `M${cx} ${y.at(py[1])}V${y.at(py[2])}m-4 0h8M${cx - 4} ${y.at(py[1])}h8` }));
     if (typeof px[1] === "number") parts.push(svg("path", { class: "bar", d: `M${x.at(px[1])} ${cy}H${x.at(px[2])}m0-4v8M${x.at(px[1])} ${cy - 4}v8` }));
-    const kind = s.floor ? -1 : names.indexOf(s.architecture);
-    const right = cx > (L + W) / 2;
-    parts.push(mark(kind, cx, cy), svg("text", { class: "label", x: cx + (right ? -10 : 10), y: cy - 7, "text-anchor": right ? "end" : "start" }, label(s)));
+    const kind = s.floor ? -1 : names.indexOf(s.architecture), name = label(s), place = spot(name, cx, cy, taken, crowded);
+    parts.push(mark(kind, cx, cy));
+    if (place) parts.push(svg("text", { class: "label", x: place.x, y: place.y, "text-anchor": place.anchor }, name));
     const note = `${s.short}: ${say(axisX, px)}, ${say(axisY, py)}`;
-    return svg("a", { href: s.href, "aria-label": note },
-      svg("g", { class: `point ${kind < 0 ? "floor" : `s${kind % 6}`}` }, svg("title", {}, note), ...parts));
+    const drawn = svg("g", { class: `point ${kind < 0 ? "floor" : `s${kind % 6}`}` }, svg("title", {}, note), ...parts);
+    return s.href ? svg("a", { href: s.href, "aria-label": note }, drawn)
+      : svg("g", { tabindex: 0, role: "img", "aria-label": note }, drawn);
+  }
+
+  // What is folded in the table is one mark: its mean, and bars over the range of its seeds.
+  function subjects() {
+    const inside = new Set(), found = [];
+    for (const { recipe, unfolded } of groups) {
+      if (unfolded || !recipe || !recipe.members.every((i) => shown.has(i))) continue;
+      for (const i of recipe.members) inside.add(i);
+      const first = board.subjects[recipe.members[0]];
+      found.push({ ...first, short: `${recipe.title}, mean of ${recipe.members.length} seeds`, label: recipe.title, href: "", cells: recipe.cells });
+    }
+    return [...[...shown].filter((i) => !inside.has(i)).sort((a, b) => a - b).map((i) => board.subjects[i]), ...found];
   }
 
   function draw() {
     const [axisX, axisY] = ["x", "y"].map((side) => axes.find((a) => a.id === choice[side].value));
-    const found = [...shown].sort((a, b) => a - b).map((i) => board.subjects[i])
-      .map((s) => [s, axisX.of(s), axisY.of(s)]).filter(([, px, py]) => known(px) && known(py));
+    if (!axisX || !axisY) return;
+    const found = subjects().map((s) => [s, axisX.of(s), axisY.of(s)]).filter(([, px, py]) => known(px) && known(py));
     if (!found.length) {
       place.replaceChildren(el("p", { class: "note" }, "None of the SAEs shown has both numbers."));
       return;
@@ -136,9 +240,10 @@
     const x = scale(found.flatMap(([, px]) => ends(px)), L, W - R), y = scale(found.flatMap(([, , py]) => ends(py)), H - B, T);
     const name = (axis, s) => axis.title + (axis.unit ? ` (${axis.unit})` : "") + (s.log ? " (log)" : "") +
       ({ higher: " – higher is better", lower: " – lower is better" }[axis.better] || "");
-    const title = `${axisY.title} against ${axisX.title}, ${found.length} subjects`;
-    place.replaceChildren(svg("svg", { class: "chart wide", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title },
-      ...grid(x, y, name(axisX, x), name(axisY, y)), ...found.map(([s, px, py]) => point(s, px, py, x, y, axisX, axisY))));
+    const title = `${axisY.title} against ${axisX.title}, ${found.length} marks`;
+    const taken = found.map(([, px, py]) => [x.at(px[0]) - 6, y.at(py[0]) - 6, x.at(px[0]) + 6, y.at(py[0]) + 6]);
+    place.replaceChildren(svg("svg", { class: "chart wide", viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": title },
+      ...grid(x, y, name(axisX, x), name(axisY, y)), ...found.map((p) => point(p, x, y, axisX, axisY, taken, found.length > 8))));
   }
   for (const [side, select] of Object.entries(choice)) {
     select.addEventListener("change", () => { remember({ [side]: select.value }); draw(); });
@@ -153,6 +258,10 @@
     const [id, next] = (now.get("sort") || "").split(/:(?=[^:]*$)/);
     const column = heads.findIndex((head) => head.dataset.id === id);
     if (column >= 0 && ["ascending", "descending"].includes(next)) sort(column, next);
+    const folds = (now.get("seeds") || "").split("|");
+    if (every) every.checked = folds[0] === "all";
+    for (const group of groups) group.open = folds.includes(group.title);
+    hide(now.has("hide") ? now.get("hide").split(",") : usual);
     filter();
   }
   addEventListener("hashchange", restore);

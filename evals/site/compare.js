@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { el, svg, data, interval, table, state, remember } = window.saescope;
+  const { el, svg, data, interval, table, state, remember, parts } = window.saescope;
   const all = data("compare-data");
   if (!all) return;
   const sides = { a: document.getElementById("side-a"), b: document.getElementById("side-b") };
@@ -30,9 +30,10 @@
 
   function differences(i, j) {
     const a = all.subjects[i], b = all.subjects[j], [low, high] = i < j ? [i, j] : [j, i];
-    const known = all.pairs[`${low}-${high}`];
+    const known = parts.get(low).pairs[`${low}-${high}`];
     const turn = (d) => d === null ? null : i < j ? d : [-d[0], d[2] === null ? null : -d[2], d[1] === null ? null : -d[1], d[3]];
-    const rows = all.columns.map((column, c) => {
+    const measured = all.columns.map((column, c) => [column, c]).filter(([, c]) => a.cells[c].length > 1 || b.cells[c].length > 1);
+    const rows = measured.map(([column, c]) => {
       const d = known ? turn(known[c]) : null;
       const arrow = { higher: " ↑", lower: " ↓" }[column.better] || "";
       const name = el("span", { title: column.what }, column.title + arrow, column.weak ? el("span", { class: "tag warn", title: column.weak }, "weak judge") : null);
@@ -42,15 +43,17 @@
         { node: el("span", { class: "n" }, ...interval(difference, column.digits)) }, { node: d === null ? "" : bar(d) },
         { node: d === null ? "" : verdict(column, d) }, d === null || d[1] === null ? "" : d[3] ? "paired" : "independent"];
     });
-    return table("Measurements of both", ["Metric", "A", "B", "A − B", "", "Verdict", "Interval"], rows);
+    const left = all.columns.length - measured.length;
+    return el("div", {}, table("Measurements of both", ["Metric", "A", "B", "A − B", "", "Verdict", "Interval"], rows),
+      left ? el("p", { class: "note" }, `${left} more column${left > 1 ? "s" : ""} of the leaderboard ha${left > 1 ? "ve" : "s"} a value for neither.`) : null);
   }
 
   function matched(i, j) {
-    const pairs = all.matched[`${i}-${j}`];
+    const pairs = parts.get(i).matched[`${i}-${j}`];
     if (!pairs) return el("p", { class: "note" }, "There is nothing to match: both need their weights, explained latents of A, and the same hookpoint.");
     const folder = (s) => `latent/${s.href.replace(/^sae\//, "").replace(/\.html$/, "")}/`;
     const latent = (side, number) => {
-      const text = (all.texts[side] || {})[number];
+      const text = parts.get(side).texts[number];
       const label = text === undefined ? String(number) : el("a", { href: `${folder(all.subjects[side])}${number}.html` }, String(number));
       return { node: el("span", {}, label, text ? el("span", { dir: "auto" }, ` ${text}`) : null) };
     };
@@ -58,6 +61,19 @@
     const lead = el("p", { class: "note" }, `${pairs.length} explained latents of A; median cosine ${middle.toFixed(2)}.`);
     return el("div", {}, lead, table("Matched latents", ["Latent of A", "Nearest of B", "#Cosine"],
       pairs.map(([x, y, cosine]) => [latent(i, x), latent(j, y), { value: cosine }])));
+  }
+
+  // The file of one subject; when it is there the page is drawn again, whatever is chosen by then.
+  const asked = new Set();
+  function load(n) {
+    if (asked.has(n)) return;
+    asked.add(n);
+    const script = el("script", { src: all.subjects[n].part });
+    script.addEventListener("load", draw);
+    script.addEventListener("error", () => {
+      document.getElementById("differences").replaceChildren(el("p", { class: "fail" }, `${all.subjects[n].part} of this folder cannot be read; build the site again.`));
+    });
+    document.head.append(script);
   }
 
   function draw() {
@@ -68,6 +84,12 @@
       return;
     }
     document.title = `${all.subjects[i].short} against ${all.subjects[j].short} · saescope`;
+    const missing = [i, j].filter((n) => !parts.has(n));
+    if (missing.length) {
+      for (const place of Object.values(places)) place.replaceChildren(el("p", { class: "note" }, "…"));
+      for (const n of missing) load(n);
+      return;
+    }
     places.differences.replaceChildren(el("p", {}, "A: ", link(all.subjects[i]), ", B: ", link(all.subjects[j])), differences(i, j));
     places.matched.replaceChildren(matched(i, j));
   }

@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { el, svg, data, table, digits, onFirstOpen } = window.saescope;
+  const { el, svg, data, table, digits, onFirstOpen, shadeClass } = window.saescope;
   const LEVELS = 20; // shades; rounded up, so that the weakest activation still shows
   const drawn = data("drawn");
   if (!drawn) return;
@@ -11,7 +11,7 @@
     const active = Array.isArray(piece), text = active ? piece[0] : piece;
     const shade = active && drawn.max > 0 ? Math.min(1, Math.ceil((piece[1] / drawn.max) * LEVELS) / LEVELS) : 0;
     if (!shade && !simulated) return document.createTextNode(text);
-    const span = el("span", { class: "t" + (shade > 0.55 ? " hi" : "") + (active && piece[2] ? " pk" : "") }, text);
+    const span = el("span", { class: "t" + shadeClass(shade) + (active && piece[2] ? " pk" : "") }, text);
     span.style.setProperty("--a", shade.toFixed(2));
     if (simulated !== undefined) span.style.setProperty("--s", (simulated / 100).toFixed(2));
     if (active) {

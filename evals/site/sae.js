@@ -17,13 +17,14 @@
   document.getElementById("any").addEventListener("click", () => { location.href = anyPage(); });
 
   const cell = (list) => list.length === 1 ? { value: null, reason: list[0] } : { value: list[0], low: list[1], high: list[2] };
+  const floor = (list) => list.length > 3 ? el("span", { class: "dim", title: "another latent’s explanation on the same windows" }, ` floor ${digits(list[3], 2)}`) : null;
   const percent = (v) => v === null ? "" : `${(100 * v).toPrecision(v < 0.1 ? 2 : 3)} %`;
   function drawRow(row) {
     const [latent, text, failure, explainer, density, ...scores] = row;
     return el("tr", {}, el("th", { scope: "row" }, el("a", { href: href(row) }, String(latent))),
       el("td", { class: "expl", dir: "auto" }, failure ? el("span", { class: "fail" }, failure) : text),
       el("td", {}, explainer), el("td", { class: "n" }, percent(density)),
-      ...scores.map((list) => el("td", { class: "n" }, ...interval(cell(list), 2))));
+      ...scores.map((list) => el("td", { class: "n" }, ...interval(cell(list), 2), floor(list))));
   }
 
   const heads = [...table.tHead.rows[0].cells];

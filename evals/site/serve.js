@@ -2,7 +2,7 @@
 "use strict";
 
 (function () {
-  const { el, table, digits } = window.saescope;
+  const { el, table, digits, state, shadeClass } = window.saescope;
   const at = (id) => document.getElementById(id);
   const status = at("status");
 
@@ -28,7 +28,7 @@
     const top = Math.max(1e-9, ...answer.tokens.map((t) => t.latents.length ? t.latents[0][1] : 0));
     at("tokens").replaceChildren(...answer.tokens.map((token, n) => {
       const share = found ? found.acts[n] / found.max : (token.latents.length ? token.latents[0][1] / top : 0);
-      const button = el("button", { type: "button", class: "t token", title: `${token.latents.length} strongest latents` }, token.text);
+      const button = el("button", { type: "button", class: `t token${shadeClass(share)}`, title: `${token.latents.length} strongest latents` }, token.text);
       button.style.setProperty("--a", Math.min(1, share).toFixed(2));
       button.addEventListener("click", () => drawAt(n));
       return button;
@@ -76,4 +76,9 @@
       el("p", { class: "text", dir: "auto" }, part.continuation));
     at("steered").replaceChildren(el("div", { class: "plots" }, side("As it is", found.clean), side("Pushed", found.steered)));
   });
+
+  // A latent's page leads here with its own number.
+  const asked = state(), option = [...at("sae").options].find((o) => asked.get("page") && o.dataset.page === asked.get("page"));
+  if (option) at("sae").value = option.value;
+  if (/^\d+$/.test(asked.get("latent") || "")) { at("latent").value = asked.get("latent"); at("text").focus(); }
 })();

@@ -54,10 +54,15 @@ window.saescope = (function () {
       const value = (row) => (row.cells[column] && (row.cells[column].dataset.v ?? row.cells[column].textContent.trim())) || "";
       for (const body of table.tBodies) {
         if (body.hasAttribute("data-fixed")) continue;
-        const rows = [...body.rows].map((row, i) => ({ row, i, v: value(row) }));
+        const rows = [...body.rows].filter((row) => !row.hasAttribute("data-head")).map((row, i) => ({ row, i, v: value(row) }));
         rows.sort((x, y) => compare(x.v, y.v, button.dataset.kind, sign) || x.i - y.i);
         for (const { row } of rows) body.append(row);
       }
+      // Bodies that belong together are ordered by their first row.
+      const groups = [...table.querySelectorAll("tbody[data-group]")].map((body, i) => ({ body, i, v: value(body.rows[0]) }));
+      const end = groups.length ? groups[groups.length - 1].body.nextSibling : null;
+      groups.sort((x, y) => compare(x.v, y.v, button.dataset.kind, sign) || x.i - y.i);
+      for (const { body } of groups) table.insertBefore(body, end);
     };
     heads.forEach((head, column) => {
       const button = head.querySelector("button.sort");
@@ -88,6 +93,13 @@ window.saescope = (function () {
     return el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": label }, made);
   }
 
+  // What belongs to pairs of SAEs lies in script files, read when a page asks: fetch is blocked on file://.
+  const parts = new Map();
+  const receive = (i, part) => parts.set(i, part);
+
+  // The class of a shaded token: from which shade on its text needs another colour to be read (style.css).
+  const shadeClass = (share) => share > 0.8 ? " hi top" : share > 0.55 ? " hi" : "";
+
   // Long folds are drawn when somebody looks.
   function onFirstOpen(details, draw) {
     details.addEventListener("toggle", draw, { once: true });
@@ -103,7 +115,7 @@ window.saescope = (function () {
     const hash = next.toString();
     history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
   }
-  return { el, svg, data, digits, interval, compare, sortable, table, onFirstOpen, state, remember };
+  return { el, svg, data, digits, interval, compare, sortable, table, onFirstOpen, state, remember, parts, receive, shadeClass };
 })();
 
 (function () {
@@ -119,6 +131,26 @@ window.saescope = (function () {
     root.dataset.theme = dark ? "light" : "dark";
     remember.set(root.dataset.theme);
   });
+
+  // Links inside the page go where they say without touching the address, which holds the view.
+  for (const link of document.querySelectorAll(".jump a, a.skip")) link.addEventListener("click", (event) => {
+    const target = document.getElementById(link.hash.slice(1));
+    if (!target) return;
+    event.preventDefault();
+    target.tabIndex = -1;
+    target.focus();
+    target.scrollIntoView();
+  });
+
+  // Behind `python -m evals.serve` the pages lead to the box for one's own text, a latent's page to pushing it.
+  if (/^https?:$/.test(location.protocol) && location.pathname.startsWith("/site/")) {
+    const latent = /^\/site\/latent\/([^/]+)\/(\d+)\.html$/.exec(location.pathname);
+    const own = document.createElement("a");
+    own.href = latent ? `/#page=${latent[1]}&latent=${latent[2]}` : "/";
+    own.textContent = latent ? "Push this latent" : "Your own text";
+    own.className = "own";
+    document.querySelector("header.top").insertBefore(own, document.getElementById("theme"));
+  }
 
   for (const table of document.querySelectorAll("table.sortable:not([data-own])")) window.saescope.sortable(table);
 

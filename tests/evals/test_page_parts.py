@@ -85,7 +85,6 @@ def test_charts_handle_edges() -> None:
     point = charts.Point(label="<b>", series=0, x=1.0, y=0.0, y_ci=(-0.1, 0.1), href="a.html")
     assert "<b>" not in charts.scatter([point], "x", "y", "t") and "&lt;b&gt;" in charts.scatter([point], "x", "y", "t")
     assert charts.scatter([], "x", "y", "t") == "" and charts.bars([0, 0], ("a", "b"), "t") == ""
-    assert charts.interval_bar(1.0, None, None, None, (0.0, 0.0)) == ""
     assert charts.lines([("a", [1, 2], [float("nan"), 1.0])], "x", "t") == ""
     wide = charts.scatter([point, charts.Point(label="b", series=-1, x=100.0, y=3.0)], "x", "y", "t")
     assert "x (log)" in wide and "y (log)" not in wide

@@ -22,7 +22,9 @@ from autointerp.records import Explanation, Failure
 from evals import pages
 from evals.board import build_board
 from evals.effect_records import LatentEffect
+from evals.latent_page import score_columns
 from evals.page_data import LatentData, SaeData, SiteData, artefacts, load_site_data
+from evals.page_scores import coverage, distributions
 from evals.page_tokens import TokenReader
 from evals.results import load_results
 from sae.manifest import writing
@@ -192,11 +194,27 @@ def test_sae_page_lists_latents_and_all_metrics(site: Path) -> None:
         "",
         "token_list",
         0.0031,
-        [0.83, 0.71, 0.93],
+        [0.83, 0.71, 0.93, 0.52],  # its shuffled floor at the end
         [0.41, 0.2, 0.6],
     ]
     assert [c["title"] for c in listed["columns"]] == ["embedding auc", "simulation pearson"]
     assert all((site / "sae" / listed["folder"] / f"{row[0]}.html").is_file() for row in listed["rows"])
+
+
+def test_scores_stand_beside_their_floors(tmp_path: Path) -> None:
+    sae = synthetic.site_data()[TOPK]
+    columns = score_columns(sae)
+    found = {d["title"]: d for d in distributions(sae, columns)}
+    auc = found["embedding auc"]
+    assert auc["n"] == 3 and auc["value"].startswith("0.83 (") and auc["floor"].startswith("0.52 (")
+    assert auc["above"] == "3 of 3" and "floor" in auc["svg"] and 'class="line floor"' in auc["svg"]
+    for latent in sae.latents[:2]:
+        latent.scores = [replace(s, value=None, null_reason="too_few_positive") for s in latent.scores]
+    gone = next(d for d in distributions(sae, columns) if d["title"] == "embedding auc")
+    assert gone["n"] == 1 and gone["nulls"] == "too_few_positive 2"
+    facts = dict(coverage(sae))
+    assert facts["Chosen for explanation"] == "3" and facts["Scored"] == "3" and "Failed explanations" in facts
+    assert coverage(SaeData(sae_id="none")) == [] and distributions(SaeData(sae_id="none"), []) == []
 
 
 def test_best_and_worst_explained_are_ranked_by_a_believed_score(tmp_path: Path) -> None:
@@ -252,6 +270,14 @@ def nasty_latent() -> tuple[LatentData, TokenReader]:
     ), synthetic.reader(texts)
 
 
+def part_of(path: Path) -> dict[str, Any]:
+    """What a file of compare/ hands over: one call with one JSON object that no markup can end."""
+    text = path.read_text(encoding="utf-8")
+    found = re.fullmatch(r"saescope\.receive\((\d+),(\{.*\})\);\n", text)
+    assert found and found.group(1) == path.stem and not set("<>&\u2028\u2029") & set(text), path
+    return dict(json.loads(found.group(2)))
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     latent, reader = nasty_latent()
     data = {TOPK: SaeData(sae_id=TOPK, cfg={"note": NASTY["markup"] + "\u202e"}, latents=[latent], tokens=reader)}
@@ -263,8 +289,8 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         assert all(attrs.get("src") or attrs.get("id") in page.blocks for attrs in page.named("script")), path
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), path
     listed = Page((site / "sae" / f"{TOPK}.html").read_text(encoding="utf-8")).data("listed")["rows"][0]
-    texts = Page((site / "compare.html").read_text(encoding="utf-8")).data("compare-data")["texts"]
-    assert NASTY["markup"] in listed[1] and all(isinstance(t, dict) for t in texts.values())
+    parts = [part_of(path) for path in sorted((site / "compare").glob("*.js"))]
+    assert NASTY["markup"] in listed[1] and len(parts) == 4 and all(isinstance(p["texts"], dict) for p in parts)
     page = Page((site / "latent" / TOPK / "17.html").read_text(encoding="utf-8"))
     window = page.data("drawn")["groups"][0]["windows"][0]
     drawn = "".join(piece if isinstance(piece, str) else piece[0] for piece in window["t"])

@@ -21,11 +21,13 @@ def write_artefacts(root: Path, latents: Sequence[LatentData], *, key: str, made
     """exemplars/, explanations/, effects/ and scores/ of latents of one SAE; latent 99 is a latent without windows."""
     root.mkdir(exist_ok=True)
 
-    def stage(kind: str, inputs: dict[str, str]) -> AbstractContextManager[Writer]:
-        return writing(root / kind / key, kind=kind, key=key, stage_version=1, config={}, inputs=inputs)
-
     numbers = [x.latent for x in latents]
-    with stage("exemplars", {}) as out:
+
+    def stage(kind: str, inputs: dict[str, str]) -> AbstractContextManager[Writer]:
+        config = {"latents": numbers} if kind == "exemplars" else {}
+        return writing(root / kind / key, kind=kind, key=key, stage_version=1, config=config, inputs=inputs)
+
+    with stage("exemplars", {"latents": "0" * 16}) as out:
         rows = pd.DataFrame([e.to_dict() for x in latents for e in x.exemplars])
         rows = rows.assign(
             neighbour=rows["neighbour"].astype("Int64"), stratum_share=rows["stratum_share"].astype("Float64")
