@@ -198,7 +198,7 @@ class SiteData(Mapping[str, SaeData]):
         self._caches = {
             str(_json(folder / "cache.json")["sae_id"]): folder for folder, _ in artefacts(self.root, "latents")
         }
-        self._chains = _chains(self.root)
+        self._chains = chains_of(self.root)
         self._ids = sorted({*self._saes, *self._caches, *self._chains})
         self._last: SaeData | None = None
 
@@ -252,7 +252,7 @@ def find_tokens(root: Path, sae: SaeData) -> TokenReader:
     return read_tokenizer([model, name] if same else [name])
 
 
-def _chains(root: Path) -> dict[str, dict[str, Path]]:
+def chains_of(root: Path) -> dict[str, dict[str, Path]]:
     """Per sae_id its newest scores, the explanations they are of, and the exemplars behind those.
 
     Without scores the newest explanations count, without these the newest exemplars.

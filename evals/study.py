@@ -5,6 +5,8 @@ Each sparsity is a run of the main job of its own below one root, with its own r
 """
 
 import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,9 +16,10 @@ from sae.config import require
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "matryoshka", "gated", "relu")
 """The first is what the others are compared with."""
-KEPT = ("rows", "site", "dataset", "leaderboard.csv", "leaderboard.md", "leaderboard.parquet", "run.json", "study.md",
-        "study.json")  # fmt: skip
-"""What is kept in git of a finished study; SAEs, activations and latents are not."""
+KEPT = ("leaderboard.csv", "leaderboard.md", "leaderboard.parquet", "study.md", "study.json", "run-k*.json")
+"""What is kept in git of a finished study as it is, beside all rows in one table and pages; SAEs, activations, latents,
+resampling draws and details are not."""
+CHAIN = ("exemplars", "explanations", "scores", "effects")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -53,7 +56,7 @@ class StudyConfig:
     random_model: bool = True
     """Also an SAE of the model with random weights, as a floor of each sparsity."""
     publish: Path | None = None
-    """Copy rows, tables, pages and the text here at the end."""
+    """Copy tables and the text here at the end, and build pages, with the latents of the reference's first seeds."""
     report_only: bool = False
     """Only write the text anew from the rows that are there."""
     dry_run: bool = False
@@ -90,18 +93,40 @@ def every_evaluation() -> list[str]:
     return [e.name for e in select(()) if "truth" not in e.needs and "transcode" not in e.uses]
 
 
-def publish(root: Path, target: Path) -> list[str]:
-    """Copy what is kept in git; returns the names that were copied. The target's older copy is replaced."""
+def publish(root: Path, target: Path, shown: Sequence[str] = ()) -> list[str]:
+    """Copy what is kept in git, and build pages: all tables and SAEs, but the latents of the SAEs ``shown`` alone.
+
+    The pages of all thousand latents would weigh fifty megabytes. Returns what was written; an older copy is replaced.
+    """
+    from evals.results import load_results
+
     target.mkdir(parents=True, exist_ok=True)
     copied = []
-    for name in KEPT:
-        source, goal = root / name, target / name
-        if source.is_dir():
-            shutil.rmtree(goal, ignore_errors=True)
-            shutil.copytree(source, goal)
-        elif source.is_file():
-            shutil.copy2(source, goal)
-        else:
-            continue
-        copied.append(name)
-    return copied
+    for pattern in KEPT:
+        for old in target.glob(pattern):
+            old.unlink()
+        for source in sorted(root.glob(pattern)):
+            shutil.copy2(source, target / source.name)
+            copied.append(source.name)
+    load_results(root).to_parquet(target / "rows.parquet", compression="zstd", index=False)
+    _pages(root, target / "site", shown)
+    return [*copied, "rows.parquet", "site"]
+
+
+def _pages(root: Path, target: Path, shown: Sequence[str]) -> None:
+    """The site of a folder that shows less: links to the rows and SAEs, and to the artefacts of the latents shown."""
+    from evals.leaderboard import build
+    from evals.page_data import chains_of
+
+    with tempfile.TemporaryDirectory() as name:
+        staging = Path(name)
+        for part in ("rows", "saes", "tokens", "latents", "run.json"):
+            if (root / part).exists():
+                (staging / part).symlink_to((root / part).resolve())
+        for sae_id, links in chains_of(root).items():
+            for folder in (links[kind] for kind in CHAIN if kind in links and sae_id in shown):
+                (staging / folder.parent.name).mkdir(exist_ok=True)
+                (staging / folder.parent.name / folder.name).symlink_to(folder.resolve())
+        build(staging)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(staging / "site", target)

@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in write_report(cfg.root, cfg.architectures[0], penalties, failures):
             console.say(str(path))
         if cfg.publish is not None:
-            console.say(f"{cfg.publish}: {', '.join(publish(cfg.root, cfg.publish))}")
+            cells = json.loads((cfg.root / "study.json").read_text(encoding="utf-8"))["cells"]
+            shown = [c["sae_ids"][0] for c in cells if c["architecture"] == cfg.architectures[0]]
+            console.say(f"{cfg.publish}: {', '.join(publish(cfg.root, cfg.publish, shown))}")
         return status
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)

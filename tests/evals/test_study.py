@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evals import results
 from evals.results import Estimate, Metric, SubjectInfo, make_row, row_dir, write_draws, write_rows
 from evals.run_config import tiny
 from evals.study import SPARSITIES, StudyConfig, publish
@@ -121,10 +122,36 @@ def test_every_run_has_all_cells_and_every_evaluation(tmp_path: Path) -> None:
 
 
 def test_publish_copies_what_git_keeps_and_nothing_else(finished: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
     write_report(finished, "topk", PENALTIES)
     target = tmp_path / "kept"
-    assert publish(finished, target) == ["rows", "study.md", "study.json"]
-    assert not (target / "saes").exists() and list(target.rglob("rows.jsonl"))
+    (finished / "run-k32.json").write_text("{}")
+    for _ in range(2):
+        assert publish(finished, target) == ["study.md", "study.json", "run-k32.json", "rows.parquet", "site"]
+    assert {p.name for p in target.iterdir()} == {"study.md", "study.json", "run-k32.json", "rows.parquet", "site"}
+    rows = pd.read_parquet(target / "rows.parquet")
+    assert len(rows) == len(results.load_results(finished)) > 0
+    assert {"torch", "eval_version", "ci_low"} <= set(rows.columns)
+    assert "topk" in (target / "site" / "index.html").read_text()
+    (finished / "run-k32.json").unlink()
+    assert "run-k32.json" not in publish(finished, target) and not (target / "run-k32.json").exists()
+
+
+def test_published_pages_show_the_latents_asked_for_alone(tmp_path: Path) -> None:
+    import synthetic_latents as synthetic
+    from stored_latents import renumbered, write_artefacts
+    from synthetic_results import RELU, TOPK, write_run
+
+    root = tmp_path / "root"
+    write_run(root)
+    for i, sae_id in enumerate((TOPK, RELU)):
+        base = synthetic.latent(0, sae_id)
+        write_artefacts(root, [renumbered(base, n) for n in range(3)], key=f"{i:016x}", made="2026-01-01")
+    publish(root, tmp_path / "kept", [TOPK])
+    pages = [p.relative_to(tmp_path / "kept" / "site").as_posix() for p in (tmp_path / "kept").rglob("*.html")]
+    assert {f"latent/{TOPK}/{n}.html" for n in range(3)} <= set(pages)
+    assert not any(RELU in p for p in pages if p.startswith("latent")) and any(RELU in p for p in pages)
 
 
 @pytest.mark.slow
