@@ -171,7 +171,7 @@ def matched_l0(
         groups.setdefault(family_of(s), []).append(s)
     found = []
     for l0 in board.columns_of("l0"):
-        for metric in (c for key in keys for c in board.columns_of(key)):
+        for metric in (c for key in keys for c in board.columns_of(key) if c.preset == l0.preset):
             for _, members in sorted(groups.items()):
                 points, fields = points_of(board, members, l0, metric), members[0].fields
                 for at in grid:
@@ -196,7 +196,7 @@ def at_own_l0(
     """
     found = []
     for l0 in board.columns_of("l0"):
-        for metric in (c for key in keys for c in board.columns_of(key)):
+        for metric in (c for key in keys for c in board.columns_of(key) if c.preset == l0.preset):
             for moved, own in ((b_ids, a_ids), (a_ids, b_ids)):
                 line = _at_l0_of(board, l0, metric, own, moved, "B" if moved is b_ids else "A")
                 if line is not None:
@@ -212,10 +212,11 @@ def _at_l0_of(
     x, y, z = ([board.cells[i, c.id].value for i in ids] for ids, c in ((own, l0), (own, metric), (moved, l0)))
     if not {*own, *moved} <= known.keys() or any(v is None for v in (*x, *y, *z)):
         return None
-    at, value = float(np.mean(x)), float(np.mean(y))  # type: ignore[arg-type]
-    if max(at, np.mean(z)) < SAME_L0 * min(at, np.mean(z)):  # type: ignore[arg-type]
-        return None
-    family = [s for s in board.saes if family_of(s) == family_of(known[moved[0]])]
+    at, value, there = (float(np.mean(v)) for v in (x, y, z))  # type: ignore[arg-type]
+    other = family_of(known[moved[0]])
+    if max(at, there) < SAME_L0 * min(at, there) or family_of(known[own[0]]) == other:
+        return None  # within one family the interpolated value is the SAE itself
+    family = [s for s in board.saes if family_of(s) == other]
     hit = interpolate(points_of(board, family, l0, metric), at)
     if hit is None or hit[0].value is None:
         return None

@@ -36,7 +36,7 @@ def noise(*parts: object) -> np.ndarray:
 def write_subject(
     root: Path, sae_id: str, fvu_U: np.ndarray, *, l0: float = 32.0, draws: bool = False, config: dict | None = None,
     subject=None, version: int = 1, preset: str = "quick", key: str = "k0", evaluation: str = "reconstruction",
-    metric_name: str = "fvu", seed: int = 0,
+    metric_name: str = "fvu", seed: int = 0, counts: dict | None = None,
 ) -> Path:  # fmt: skip
     """Rows, details and (if asked) draws of one SAE: `metric_name` is the mean of ``fvu_U`` over documents."""
     subject = subject or info(sae_id, architecture=sae_id.split(".")[-2].split("-")[0])
@@ -54,7 +54,7 @@ def write_subject(
         ratio_table(np.arange(UNITS), {metric_name: (fvu_U, one)}).to_parquet(out.path / "details.parquet", index=False)
         if draws:
             write_draws(out.path, {f"{metric_name}|test": estimate.draws})
-        out.counts.update({"device": "cpu", "dtype": "float32"})
+        out.counts.update({"device": "cpu", "dtype": "float32"} | (counts or {}))
     return folder
 
 
@@ -226,6 +226,8 @@ def test_at_equal_l0_one_side_is_interpolated_and_never_beyond_its_family(tmp_pa
     [far] = family(tmp_path, "gated", [200.0], 0.0)
     assert compare(tmp_path, topk, far).equal_l0 == []
     near = compare(tmp_path, topk, family(tmp_path, "batchtopk", [32.1], 0.0)[0])
+    own = compare(tmp_path, name("relu", 0, 16), name("relu", 0, 64))
+    assert own.equal_l0 == [] and any("L0 differs" in note for note in own.notes)  # one family: A would meet itself
     assert near.equal_l0 == [] and not any("L0 differs" in note for note in near.notes)
 
 
@@ -286,7 +288,8 @@ def test_rows_without_sums_use_their_standard_errors(tmp_path):
 
 @pytest.mark.parametrize(("change", "field"), [
     ({"config": {"tokens": 4096}}, "config.tokens"), ({"version": 2}, "not run alike"),
-    ({"preset": "paper"}, "not run alike"),
+    ({"preset": "paper"}, "not run alike"), ({"counts": {"dtype": "bfloat16"}}, "dtype: float32, bfloat16"),
+    ({"counts": {"task_set": "planted without two"}}, "task_set: none, planted without two"),
 ])  # fmt: skip
 def test_rows_of_different_making_are_refused(tmp_path, change, field):
     values = 0.3 + 0.1 * noise("documents")
