@@ -25,7 +25,7 @@ from autointerp.reply_cache import ReplyCache
 from sae.errors import ArtefactError, BudgetExceeded, ConfigError, SaescopeError, Unsupported
 from sae.plugins import find, names
 
-FAST = Retries(attempts=4, first_delay_s=0.01, max_delay_s=0.05, total_s=20)
+FAST = Retries(attempts=4, first_delay_s=0.01, max_delay_s=0.05, total_s=200)
 SCHEMA = {"type": "object", "properties": {"match": {"type": "array"}}, "required": ["match"]}
 SECRET = "sk-planted-0123456789abcdef"
 
@@ -43,7 +43,7 @@ def ask(text: str, **options) -> GenerateRequest:
 
 
 def server_client(server: ChatServer, **options) -> OpenAIClient:
-    options = {"retries": FAST, "timeout_s": 5.0, **options}
+    options = {"retries": FAST, "timeout_s": 60.0, **options}  # a busy machine is slow
     return OpenAIClient(model="m", base_url=server.url, **options)
 
 
