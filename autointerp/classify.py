@@ -159,7 +159,11 @@ def cut_scores(
     text = job.explanation.text
     if text is None or not job.exemplars or not job.calibrate:
         return unscored(job, metrics, **identity)
-    threshold = choose_threshold(values(text, job.calibrate), [e.positive for e in job.calibrate])
+    known = [(v, e.positive) for v, e in zip(values(text, job.calibrate), job.calibrate, strict=True)]
+    known = [(v, positive) for v, positive in known if math.isfinite(v)]
+    if not known:
+        return ScoreResult(scores=null_scores(job, "too_many_failures", metrics, **identity))
+    threshold = choose_threshold([v for v, _ in known], [positive for _, positive in known])
     items = make_items(job, job.exemplars, values(text, job.exemplars), threshold, identity["scorer"])
     return ScoreResult(scores=detection_scores(job, items, **identity), items=tuple(items))
 

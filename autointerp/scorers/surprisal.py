@@ -5,6 +5,7 @@ likelihood"). Windows are compared within one explanation, so its own probabilit
 The cut is chosen on the calibrate windows. A subset of the windows is judged, since each costs a forward pass.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -110,7 +111,8 @@ class Surprisal:
         if text is None or windows is None or not all(windows):
             return unscored(job, self.metrics, **identity)
         drawn, known = windows
-        fitted = [(v, e.positive) for e in known if not isinstance(v := _contrast(values, e, text), Failure)]
+        contrasts = [(_contrast(values, e, text), e.positive) for e in known]
+        fitted = [(v, positive) for v, positive in contrasts if not isinstance(v, Failure) and math.isfinite(v)]
         if not fitted:
             return ScoreResult(scores=null_scores(job, "too_many_failures", self.metrics, **identity))
         threshold = choose_threshold([v for v, _ in fitted], [y for _, y in fitted])

@@ -48,7 +48,10 @@ class WordEmbedding:
         query = vectors[explanation.text]
         values = np.zeros(len(exemplar.token_ids))
         for word in words:
-            values[word.first : word.last + 1] = max(0.0, float(vectors[spelling(word)] @ query))
+            values[word.first : word.last + 1] = np.maximum(vectors[spelling(word)] @ query, 0.0)
+        if not np.isfinite(values).all():
+            failure = Failure(code="non_finite", stage="simulate", detail="the embedder's vectors are no numbers")
+            return Simulation(failure=failure, **ids)
         return Simulation(values=tuple(float(v) for v in np.round(values, DECIMALS)), **ids)
 
 
