@@ -80,8 +80,8 @@ class Plan(NamedTuple):
     """What is simulated, and by what."""
 
     mode: Mode
-    true: Simulation
-    """By each latent's own patterns; "true" of the patterns, not of the activations."""
+    simulated: Simulation
+    """By each latent's own patterns."""
     shuffled: Simulation
     """By those of another latent of like density."""
     latents: tuple[int, ...]
@@ -184,7 +184,7 @@ class Splicer:
         x, keep, L = batch.block.x_BLD, batch.block.keep_BL, batch.block.x_BLD.shape[1]
         begins = np.array([self.first[int(row)] for row in batch.block.rows_B], dtype=np.int64)
         flat = (begins[:, None] + np.arange(L))[keep]
-        by = {"sim": codes_at(self.plan.true, flat), "shuffled": codes_at(self.plan.shuffled, flat)}
+        by = {"sim": codes_at(self.plan.simulated, flat), "shuffled": codes_at(self.plan.shuffled, flat)}
         if self.plan.mode == "subset":
             own = self.subject.encode_sparse(x[keep])
             zero = without(own, self.chosen_F)
@@ -253,8 +253,8 @@ class N2GLoss:
         L = store.tokens.L
         rows = choose_rows(store, max(1, config["tokens"] // L), ctx.seed, SAME_ROWS_AS)
         keep_N = np.asarray(store.keep_N).reshape(-1, L)[rows].ravel()
-        true, shuffled, scales = simulations(ctx, found, np.asarray(store.tokens.tokens_BL[rows]), keep_N)
-        plan = Plan(mode, true, shuffled, tuple(sorted(found)), scales)
+        simulated, shuffled, scales = simulations(ctx, found, np.asarray(store.tokens.tokens_BL[rows]), keep_N)
+        plan = Plan(mode, simulated, shuffled, tuple(sorted(found)), scales)
         special = tuple(drop_ids(lm.tokenizer))
         passes = Passes(lm.upper(ctx.hookpoint), store, rows, special, lm.device)
         with torch.inference_mode():
