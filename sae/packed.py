@@ -86,12 +86,16 @@ class PackedLinear(nn.Linear):
         return _packed_of(self, self.weight)(input, self.bias)
 
 
-@cache
-def _packed_conv1d() -> type[nn.Module]:
-    """The same for GPT-2's ``Conv1D``, a linear layer whose weight is stored as [I, O]."""
-    from transformers.pytorch_utils import Conv1D
+def _is_conv1d(kind: type) -> bool:
+    """GPT-2's linear layer, told by its name: nothing of transformers needs importing for it."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
-    class PackedConv1D(Conv1D):  # type: ignore[misc, no-any-unimported]
+
+@cache
+def _packed_conv1d(kind: type[nn.Module]) -> type[nn.Module]:
+    """The same for ``Conv1D``, whose weight is stored as [I, O]."""
+
+    class PackedConv1D(kind):  # type: ignore[valid-type, misc]
         def forward(self, x: Tensor) -> Tensor:
             if _plain(x, self.weight):
                 return super().forward(x)
@@ -103,18 +107,17 @@ def _packed_conv1d() -> type[nn.Module]:
 def pack_linears(model: nn.Module, largest_total: float = LARGEST_TOTAL) -> int:
     """Let the linear layers of ``model`` use packed weights, in place; returns how many do. Hooks, names, weights and
     ``isinstance`` stay; subclasses of ``nn.Linear`` are left alone. Copies are made at the first product of each."""
-    from transformers.pytorch_utils import Conv1D
-
     room, changed = largest_total, 0
     for module in model.modules():
-        if type(module) is not nn.Linear and type(module) is not Conv1D:
+        kind = type(module)
+        if kind is not nn.Linear and not _is_conv1d(kind):
             continue
         weight: Any = module.weight
         size = weight.numel() * weight.element_size()
         if not suits(weight) or size > room:
             continue
         room -= size
-        chosen: Any = PackedLinear if isinstance(module, nn.Linear) else _packed_conv1d()
+        chosen: Any = PackedLinear if kind is nn.Linear else _packed_conv1d(kind)
         module.__class__ = chosen
         changed += 1
     return changed
