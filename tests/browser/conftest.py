@@ -18,6 +18,8 @@ from evals.board import build_board
 from evals.page_data import LatentData
 from evals.results import load_results
 
+TIMEOUT_S = float(os.environ.get("BROWSER_TIMEOUT_S", "10"))
+"""What a page may take for one step; more on a machine that others keep busy."""
 MANY = 450
 """Explained latents of the second SAE: more than a list draws at once."""
 
@@ -95,7 +97,7 @@ def open_page(browser: Any, site: Path) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "offline": True} | options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(1000 * TIMEOUT_S)
         page.on("console", lambda m: problems.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
         page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
