@@ -117,7 +117,7 @@ def pack_linears(model: nn.Module, largest_total: float = LARGEST_TOTAL) -> int:
         if not suits(weight) or size > room:
             continue
         room -= size
-        chosen: Any = PackedLinear if kind is nn.Linear else _packed_conv1d(kind)
+        chosen: Any = PackedLinear if kind is nn.Linear else _packed_conv1d(kind)  # type: ignore[arg-type]
         module.__class__ = chosen
         changed += 1
     return changed

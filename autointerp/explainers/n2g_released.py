@@ -6,11 +6,11 @@ document that no suffix reproduces is kept whole. For comparison with published 
 
 from typing import ClassVar
 
-from autointerp.explainers.n2g import N2G
 from autointerp.n2g import Matcher
+from autointerp.pattern_explainer import PatternExplainer
 
 
-class ReleasedN2G(N2G):
+class ReleasedN2G(PatternExplainer):
     """The same input as ``n2g``, so that the two may be compared latent by latent."""
 
     name: ClassVar[str] = "n2g_released"

@@ -12,9 +12,9 @@ from autointerp import negatives
 from autointerp.config import ExemplarConfig
 from autointerp.exemplar_draws import LatentDraw, quantile_groups, quotas, read_texts
 from autointerp.exemplars import ExemplarTable, assert_no_leak, build_exemplars, draw_pairs
-from autointerp.explainers.n2g import pairs_of
 from autointerp.latent_cache import build_latents
 from autointerp.negatives import STRATA, find_silent
+from autointerp.pattern_explainer import pairs_of
 from autointerp.records import NEGATIVE_KINDS, Exemplar
 from autointerp.windows import run_bounds
 from sae.errors import ConfigError, LeakError

@@ -5,12 +5,13 @@ import pytest
 import torch
 from held_out import random_sae
 
-from autointerp.explainers.n2g import N2G, pairs_of
+from autointerp.explainers.n2g import N2G
 from autointerp.explainers.n2g_released import ReleasedN2G
 from autointerp.interfaces import ExplainContext, ScoreContext
 from autointerp.last_acts import _batches, make_last_acts
 from autointerp.n2g import build_many
 from autointerp.n2g_patterns import Pattern, PatternSet, TokenIndex, predict
+from autointerp.pattern_explainer import pairs_of
 from autointerp.records import ActivationScale, Exemplar, Explanation, Failure, LatentView
 from autointerp.simulators.pattern import PatternSimulator
 from sae.errors import ConfigError
