@@ -176,6 +176,7 @@ def test_feeling_lucky_ends_at_a_latent(open_page: Open) -> None:
 def test_two_saes_side_by_side(open_page: Open) -> None:
     page = open_page(f"sae/{TOPK}.html")
     page.get_by_text("Compare with another SAE").click()
+    page.locator("#differences tbody tr").first.wait_for()
     assert page.input_value("#side-a") == TOPK
     page.select_option("#side-b", RELU)
     row = page.locator("#differences tbody tr", has_text="FVU").first
@@ -185,6 +186,7 @@ def test_two_saes_side_by_side(open_page: Open) -> None:
     row = page.locator("#differences tbody tr", has_text="FVU").first
     assert " 0.054 [" in " " + str(row.locator("td").nth(3).text_content()) and "B better" in str(row.text_content())
     page.reload()
+    page.locator("#matched tbody tr").first.wait_for()
     assert page.input_value("#side-a") == RELU and page.input_value("#side-b") == TOPK
     page.click("#swap")
     links = page.locator("#matched tbody tr").first.locator("a")
@@ -194,7 +196,8 @@ def test_two_saes_side_by_side(open_page: Open) -> None:
         c.startswith("17") and "46" in c and c.endswith("1.000") for c in cells
     )  # the other's rows run backwards
     page.select_option("#side-b", RANDOM)
-    assert "nothing to match" in str(page.text_content("#matched"))
+    page.get_by_text("nothing to match").wait_for()
+    assert page.locator("#matched tbody").count() == 0
     page.select_option("#side-b", TOPK)
     assert "Choose two different" in str(page.text_content("#differences"))
     assert PCA in page.eval_on_selector_all("#side-b option", "all => all.map(o => o.value)")
@@ -225,6 +228,17 @@ def test_the_first_page_is_light_and_quick(open_page: Open, site: Path) -> None:
     page.select_option('[name="architecture"]', "relu")
     assert shown(page) == ["relu"] and time.perf_counter() - start < 10  # a busy machine; two seconds are the aim
     assert page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive") < 2000
+
+
+def test_links_inside_a_page_keep_the_view(open_page: Open) -> None:
+    page = open_page("index.html#architecture=relu")
+    assert shown(page) == ["relu"]
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # "skip to content", the first thing a keyboard meets
+    assert page.evaluate("document.activeElement.id") == "main"
+    page.locator(".jump").get_by_text("The run").click()
+    assert page.evaluate("document.activeElement.id") == "h-run"
+    assert shown(page) == ["relu"] and page.url.endswith("#architecture=relu")
 
 
 def test_without_scripts_the_tables_stay(open_page: Open) -> None:
