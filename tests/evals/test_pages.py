@@ -22,9 +22,7 @@ from autointerp.records import Explanation, Failure
 from evals import pages
 from evals.board import build_board
 from evals.effect_records import LatentEffect
-from evals.latent_page import score_columns
 from evals.page_data import LatentData, SaeData, SiteData, artefacts, load_site_data
-from evals.page_scores import coverage, distributions
 from evals.page_tokens import TokenReader
 from evals.results import load_results
 from sae.manifest import writing
@@ -199,22 +197,6 @@ def test_sae_page_lists_latents_and_all_metrics(site: Path) -> None:
     ]
     assert [c["title"] for c in listed["columns"]] == ["embedding auc", "simulation pearson"]
     assert all((site / "sae" / listed["folder"] / f"{row[0]}.html").is_file() for row in listed["rows"])
-
-
-def test_scores_stand_beside_their_floors(tmp_path: Path) -> None:
-    sae = synthetic.site_data()[TOPK]
-    columns = score_columns(sae)
-    found = {d["title"]: d for d in distributions(sae, columns)}
-    auc = found["embedding auc"]
-    assert auc["n"] == 3 and auc["value"].startswith("0.83 (") and auc["floor"].startswith("0.52 (")
-    assert auc["above"] == "3 of 3" and "floor" in auc["svg"] and 'class="line floor"' in auc["svg"]
-    for latent in sae.latents[:2]:
-        latent.scores = [replace(s, value=None, null_reason="too_few_positive") for s in latent.scores]
-    gone = next(d for d in distributions(sae, columns) if d["title"] == "embedding auc")
-    assert gone["n"] == 1 and gone["nulls"] == "too_few_positive 2"
-    facts = dict(coverage(sae))
-    assert facts["Chosen for explanation"] == "3" and facts["Scored"] == "3" and "Failed explanations" in facts
-    assert coverage(SaeData(sae_id="none")) == [] and distributions(SaeData(sae_id="none"), []) == []
 
 
 def test_best_and_worst_explained_are_ranked_by_a_believed_score(tmp_path: Path) -> None:
