@@ -1,4 +1,4 @@
-"""`python -m autointerp explain` with engines of vLLM in its own process, in the environment that `make llm VLLM=1` makes.
+"""`python -m autointerp explain` with vLLM engines in its own process; the environment is that of `make llm VLLM=1`.
 
 On its own in a file and a process: it opens an engine, and there is memory for one.
 """
