@@ -129,7 +129,7 @@ class ExplanationScores:
 
     name = "explanation"
     title = "Explanations"
-    version = 1
+    version = 2
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"scores", "interp"})
     uses = frozenset({"sparse"})
