@@ -155,7 +155,9 @@ def run_info(root: Path, results: "pd.DataFrame | None" = None) -> RunInfo:
 def _command(command: Any) -> str:
     """argv as typed: ``["run_all.py", "--preset", "quick"]`` -> ``python -m evals.run_all --preset quick``."""
     words = command.split() if isinstance(command, str) else [str(w) for w in command]
-    if words and words[0].endswith(".py"):
+    if words and Path(words[0]).name == "study.py":
+        words = ["python", "scripts/study.py", *words[1:]]
+    elif words and words[0].endswith(".py"):
         words = ["python", "-m", "evals." + Path(words[0]).stem, *words[1:]]
     return " ".join(words)
 

@@ -10,7 +10,7 @@ import pytest
 from nasty_texts import NASTY
 from synthetic_results import RANDOM, RELU, TOPK, write_run
 
-from evals import charts
+from evals import charts, page_data
 from evals.board import build_board
 from evals.gains import Cell
 from evals.page_board import difference
@@ -126,3 +126,8 @@ def test_a_strip_with_one_value_and_with_hostile_names() -> None:
     assert "circle" in charts.strip(1.0, (None, None), [], [], "t")
     found = str(charts.strip(1.0, (0.5, 1.5), [(2.0, "<script>")], [(3.0, "&")], "<i>"))
     assert "<script>" not in found and "&lt;script&gt;" in found and "<i>" not in found
+
+
+def test_a_study_names_its_own_command() -> None:
+    assert page_data._command(["/a/study.py", "--seeds", "0", "1"]) == "python scripts/study.py --seeds 0 1"
+    assert page_data._command(["run_all.py", "--preset", "tiny"]) == "python -m evals.run_all --preset tiny"

@@ -1,0 +1,1 @@
+saescope.receive(43,{"pairs":{},"matched":{},"texts":{}});
