@@ -30,11 +30,11 @@ class PackedWeight:
     """A float32 matrix ``W_OI`` in oneDNN's order. Private operators of torch, hence :func:`available`."""
 
     def __init__(self, W_OI: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(W_OI.detach().contiguous(), ROWS)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight.default(W_OI.detach().contiguous(), ROWS)
 
     def __call__(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """``x @ W.T + b``, [..., O] of [..., I]; no gradients."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias_O, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, bias_O, "none", [], "")
 
 
 @cache
