@@ -1,7 +1,7 @@
 """SAEs that differ in nothing but the seed of their training, as one line of the leaderboard. Torch-free."""
 
-import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +106,8 @@ def spread_of(values: Sequence[float | None], reason: str = "") -> Spread:
     if len(known) < len(values) or not known:
         short = f"{len(known)} of {len(values)} seeds have a value; else {reason}"
         return Spread(reason=short if known else reason)
-    mean = math.fsum(known) / len(known)
-    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1)) if len(known) > 1 else None
-    return Spread(value=mean, sd=sd, low=min(known), high=max(known))
+    sd = statistics.stdev(known) if len(known) > 1 else None  # exact: seeds that are equal have a deviation of 0
+    return Spread(value=statistics.fmean(known), sd=sd, low=min(known), high=max(known))
 
 
 def recipe_data(board: Board, recipes: Sequence[Recipe]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ A cell is one architecture at one sparsity: SAEs that are equal but for the seed
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.board import Board, BoardSubject, Column, build_board
 from evals.comparison import Comparison, Line, compare
+from evals.page_recipes import spread_of
 from evals.page_text import number
 from evals.results import draws_below, load_results
 from sae.errors import ArtefactError
@@ -67,18 +67,11 @@ def _k_of(config: Mapping[str, Any], penalties: Mapping[tuple[float, float], int
     return None
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, standard deviation over seeds; None with one)."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
 def cell_value(board: Board, cell: StudyCell, column: Column) -> tuple[float, float | None] | None:
     """Mean and deviation over the seeds; None unless all seeds have a value."""
     values = [board.cells[i, column.id].value for i in cell.sae_ids]
-    return None if any(v is None for v in values) else spread([float(v) for v in values if v is not None])
+    found = spread_of(values)
+    return None if found.value is None else (found.value, found.sd)
 
 
 def write_report(root: Path, reference: str, penalties: Mapping[tuple[float, float], int],

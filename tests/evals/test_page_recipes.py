@@ -49,6 +49,8 @@ def test_a_mean_needs_every_seed(found: tuple[Board, dict[str, SaeDigest]]) -> N
     assert missing.value is None and missing.reason.startswith("2 of 3 seeds") and "too_few_tokens" in missing.reason
     assert spread(board, topk, columns["kl"]).reason == "not run"
     assert spread_of([1.0]).sd is None and spread_of([]).value is None
+    assert spread_of([1.0, 3.0]).sd == pytest.approx(2**0.5)
+    assert spread_of([1.65, 1.65, 1.65]).sd == 0.0  # a plain sum leaves 2.7e-16
 
 
 def test_the_page_groups_and_leaves_out_what_nobody_has(found: tuple[Board, dict[str, SaeDigest]]) -> None:

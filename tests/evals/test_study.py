@@ -11,7 +11,7 @@ from evals import results
 from evals.results import Estimate, Metric, SubjectInfo, make_row, row_dir, write_draws, write_rows
 from evals.run_config import tiny
 from evals.study import SPARSITIES, StudyConfig, publish
-from evals.study_report import spread, write_report
+from evals.study_report import write_report
 from sae.errors import ConfigError
 from sae.manifest import writing
 
@@ -101,10 +101,6 @@ def test_the_text_says_what_the_rows_say(finished: Path) -> None:
 def test_a_second_report_has_the_same_bytes(finished: Path) -> None:
     first = [p.read_bytes() for p in write_report(finished, "topk", PENALTIES)]
     assert [p.read_bytes() for p in write_report(finished, "topk", PENALTIES)] == first
-
-
-def test_spread() -> None:
-    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and spread([4.0]) == (4.0, None)
 
 
 def test_every_run_has_all_cells_and_every_evaluation(tmp_path: Path) -> None:
