@@ -109,6 +109,11 @@ def _matched_section(board: Board) -> list[str]:
     return lines + _markdown_table(["metric", "L0", "architecture", "d_sae", "value"], rows)
 
 
+def _asked_for(board: Board) -> list[Column]:
+    """Columns with a number, or a reason why there is none, for somebody: the others only widen the table."""
+    return [c for c in board.columns if any(cell_text(board.cells[s.sae_id, c.id]) != "–" for s in board.subjects)]
+
+
 def markdown(board: Board, info: RunInfo) -> str:
     """The leaderboard for people: values, gains over the random SAE, matched L0, where the minutes went."""
     out = ["# Leaderboard", ""]
@@ -126,16 +131,17 @@ def markdown(board: Board, info: RunInfo) -> str:
     out += ["", "Values with 95 % intervals; ↓ lower is better, ↑ higher is better; – = not measured.",
             "Words stand where a number was asked for and is undefined.", ""]
     facts = ["name", "architecture", "d_sae", "k"]
+    columns = _asked_for(board)
     rows = []
     for s in board.subjects:
         known = [str(s.fields[f]) if s.fields[f] is not None else "" for f in facts[1:]]
-        cells = [cell_text(board.cells[s.sae_id, c.id], c.spec.digits) for c in board.columns]
+        cells = [cell_text(board.cells[s.sae_id, c.id], c.spec.digits) for c in columns]
         rows.append([_name(s), *known, *cells, str(s.n_failed)])
-    titles = [c.title + _arrow(c) + (" (weak judge)" if c.weak else "") for c in board.columns]
+    titles = [c.title + _arrow(c) + (" (weak judge)" if c.weak else "") for c in columns]
     out += _markdown_table([*facts, *titles, "failed items"], rows)
     if board.gains:
         out += ["## Difference to the random SAE", "", "Value minus that of a random SAE of the same width and L0.", ""]
-        shown = [c for c in board.columns if c.spec.better != "neither" and c.spec.against_random]
+        shown = [c for c in columns if c.spec.better != "neither" and c.spec.against_random]
         out += _markdown_table(
             ["name", *(c.title + _arrow(c) for c in shown)],
             (
@@ -152,7 +158,8 @@ def markdown(board: Board, info: RunInfo) -> str:
             ([_name(s), *(st[s.sae_id] or "–" for _, st in states)] for s in board.saes),
         )
     out += ["## What the columns are", ""]
-    out += [f"- **{spec.title}**: {spec.description}" for spec in HEADLINE]
+    keys = {c.spec.key for c in columns}
+    out += [f"- **{spec.title}**: {spec.description}" for spec in HEADLINE if spec.key in keys]
     if info.stages:
         out += ["", "## Where the minutes went", ""]
         out += _markdown_table(

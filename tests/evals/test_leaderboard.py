@@ -268,7 +268,12 @@ def test_a_run_of_one_evaluation_has_a_board_with_gaps(root: Path, evaluation: s
               for column in board.columns if column.id == column_id}
     assert values == {evaluation}
     assert {column.spec.eval for column in board.columns} > {evaluation}
-    assert "–" in leaderboard.markdown(board, run_info(root, rows))
+    text = leaderboard.markdown(board, run_info(root, rows))
+    [header] = [line for line in text.splitlines() if line.startswith("| name | architecture")]
+    titles = {c.title: c.spec.eval for c in board.columns}
+    shown = {t.strip().removesuffix(" (weak judge)").strip(" ↑↓") for t in header.split("|")}
+    assert {titles[t] for t in shown & set(titles)} == {evaluation}, "what was not run widens no table"
+    assert all((f"- **{t}**:" in text) == (t in shown) for t in titles)
 
 
 def test_a_gain_is_paired_where_both_were_resampled_alike(root: Path) -> None:
