@@ -3,31 +3,40 @@
 N test rows of one task, U groups, R resamples.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from evals import uncertainty
 
-
-class Weights(NamedTuple):
-    """How often each group of a task occurs: once in the first row (the value), then by resamples."""
-
-    matrix: np.ndarray
-    """[1 + R, U]."""
-    n_units: int
+BLOCK_NUMBERS = 1 << 19
+"""Weights of one block (4 MiB): all of them at once are 1 GB at 10,000 resamples of 12,000 groups."""
 
 
-def group_weights(units: Sequence[np.ndarray], generator: np.random.Generator, resamples: int) -> Weights:
-    """Multinomial over the groups that occur in any of ``units``."""
+def group_weights(units: Sequence[np.ndarray], generator: np.random.Generator, resamples: int) -> Iterator[np.ndarray]:
+    """How often each group occurs: blocks of rows [b, U] of a matrix [1 + R, U].
+
+    The first row, of ones, gives the value; the others are multinomial over the groups that occur in any of ``units``.
+    """
     used = np.unique(np.concatenate(units))
     n_units = int(used.max()) + 1
-    drawn = uncertainty.unit_weights(len(used), generator, resamples)
-    matrix = np.zeros((len(drawn) + 1, n_units))
-    matrix[0, used] = 1.0
-    matrix[1:, used] = drawn
-    return Weights(matrix, n_units)
+    rows = max(1, BLOCK_NUMBERS // n_units)
+    for start in range(0, resamples + 1, rows):
+        n = min(rows, resamples + 1 - start)
+        drawn = uncertainty.unit_weights(len(used), generator, n - (start == 0))
+        block = np.zeros((n, n_units))
+        block[n - len(drawn) :, used] = drawn
+        if start == 0:
+            block[0, used] = 1.0
+        yield block
+
+
+def by_block(
+    blocks: Iterable[np.ndarray], values: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """[1 + R] per metric from ``values`` of each block of weights."""
+    parts = [values(block) for block in blocks]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def scored_set(task_set: str, asked: Sequence[str], scored: Sequence[str]) -> str:
@@ -43,15 +52,15 @@ def sums_by_unit(unit_N: np.ndarray, columns: Sequence[np.ndarray], n_units: int
     return np.stack([np.bincount(unit_N, weights=c, minlength=n_units) for c in counted], axis=1)
 
 
-def weighted_auc(logit_N: np.ndarray, label_N: np.ndarray, weight_RN: np.ndarray) -> np.ndarray:
-    """[R]: share of (positive, negative) pairs in the right order, ties one half, rows counted ``weight`` times; NaN
-    where a class has no weight."""
+def weighted_auc(logit_N: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, weight_RU: np.ndarray) -> np.ndarray:
+    """[R]: share of (positive, negative) pairs in the right order, ties one half, a row counted as often as its unit;
+    NaN where a class has no weight. Takes 40 bytes x R x N: give it a block of resamples."""
     order = np.argsort(logit_N, kind="stable")
     value, positive = logit_N[order], label_N[order] > 0
-    w = weight_RN[:, order].astype(np.float64)
     first = np.flatnonzero(np.concatenate([[True], value[1:] != value[:-1]]))  # start of each run of equal logits
-    pos = np.add.reduceat(np.where(positive, w, 0.0), first, axis=1)
-    neg = np.add.reduceat(np.where(positive, 0.0, w), first, axis=1)
+    w = np.take(weight_RU, unit_N[order], axis=1)
+    pos = np.add.reduceat(w * positive, first, axis=1)
+    neg = np.add.reduceat(w * ~positive, first, axis=1)
     below = np.cumsum(neg, axis=1) - neg
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((pos * (below + neg / 2)).sum(axis=1) / (pos.sum(axis=1) * neg.sum(axis=1)))

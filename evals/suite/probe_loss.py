@@ -5,7 +5,7 @@ a task fall into groups (near-duplicates, variants of one question); groups are 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.probe_activations import ProbeActivations, ProbeConfig, TaskSplit
-from evals.probe_units import Weights, group_weights, scored_set, sums_by_unit, weighted_auc
+from evals.probe_units import by_block, group_weights, scored_set, sums_by_unit, weighted_auc
 from evals.results import Estimate, Metric
 from sae.config import to_dict
 from sae.manifest import rng
@@ -174,21 +174,9 @@ def _by_task(
     return scored
 
 
-def task_values(entries: Sequence[Scored], weights: Weights) -> dict[str, np.ndarray]:
+def task_values(entries: Sequence[Scored], blocks: Iterator[np.ndarray]) -> dict[str, np.ndarray]:
     """[1 + R] per metric: the value, then its resamples; means over the split seeds, same weights for all metrics."""
-    per_seed: list[dict[str, np.ndarray]] = []
-    for e in entries:
-        names = sorted(e.loss)
-        columns = [*(e.loss[name] for name in names), ((e.logit > 0) == (e.label > 0)).astype(np.float64)]
-        sums = weights.matrix @ sums_by_unit(e.unit, columns, weights.n_units)
-        train = weights.matrix @ sums_by_unit(e.train_unit, [e.train_loss], weights.n_units)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = sums[:, 1:] / sums[:, :1]
-            found = {name: means[:, i] for i, name in enumerate((*names, "probe_acc"))}
-            found["probe_loss_insample"] = train[:, 1] / train[:, 0]
-        found["probe_auc"] = weighted_auc(e.logit, e.label, weights.matrix[:, e.unit])
-        per_seed.append(found)
-    values = {name: np.mean([found[name] for found in per_seed], axis=0) for name in per_seed[0]}
+    values = by_block(blocks, lambda weights: _means_over_seeds(entries, weights))
     values["gain_vs_random"] = values["floor_random_directions"] - values["probe_loss"]
     gap = values["floor_random_directions"] - values["dense_loss"]
     if gap[0] >= MIN_GAP:  # a resampled gap near 0 is held at the bound, so that no single one rules the interval
@@ -196,7 +184,25 @@ def task_values(entries: Sequence[Scored], weights: Weights) -> dict[str, np.nda
     return values
 
 
-def _weights(entries: Sequence[Scored], task: str, ctx: EvalContext) -> Weights:
+def _means_over_seeds(entries: Sequence[Scored], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """[b] per metric, of one block of weights [b, U]."""
+    n_units = weights.shape[1]
+    per_seed: list[dict[str, np.ndarray]] = []
+    for e in entries:
+        names = sorted(e.loss)
+        columns = [*(e.loss[name] for name in names), ((e.logit > 0) == (e.label > 0)).astype(np.float64)]
+        sums = weights @ sums_by_unit(e.unit, columns, n_units)
+        train = weights @ sums_by_unit(e.train_unit, [e.train_loss], n_units)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = sums[:, 1:] / sums[:, :1]
+            found = {name: means[:, i] for i, name in enumerate((*names, "probe_acc"))}
+            found["probe_loss_insample"] = train[:, 1] / train[:, 0]
+        found["probe_auc"] = weighted_auc(e.logit, e.label, e.unit, weights)
+        per_seed.append(found)
+    return {name: np.mean([found[name] for found in per_seed], axis=0) for name in per_seed[0]}
+
+
+def _weights(entries: Sequence[Scored], task: str, ctx: EvalContext) -> Iterator[np.ndarray]:
     """Over the groups that any split of the task uses; depends on no subject."""
     units = [side for e in entries for side in (e.unit, e.train_unit)]
     return group_weights(units, rng(ctx.seed, "probe_loss", task), uncertainty.resamples_of(ctx.preset))

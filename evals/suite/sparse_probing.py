@@ -14,7 +14,7 @@ import numpy as np
 from evals import uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.probe_activations import ProbeActivations, ProbeConfig, TaskSplit
-from evals.probe_units import Weights, group_weights, scored_set, sums_by_unit, weighted_auc
+from evals.probe_units import by_block, group_weights, scored_set, sums_by_unit, weighted_auc
 from evals.results import Estimate, Metric
 from sae.config import to_dict
 from sae.manifest import rng
@@ -97,6 +97,8 @@ class SparseProbing:
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"probes"})
     uses = frozenset({"sparse"})
+    more_tasks = True
+    """Reads the tasks of ``--tasks`` beside the preset's."""
     """Channels and random directions, which have features alone, are floors of every row here."""
 
     def config(self, preset: str) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class SparseProbing:
             "n_tasks": len(scored), "n_prompts": len(probes.x_ND),
             "task_set": scored_set(probes.task_set, [s.task for s in probes.splits], list(scored)),
             "n_short": sum(len(e.columns[k]) < k for entries in scored.values() for e in entries for k in ks),
-            "task_failures": probes.failures, "dtype": "float32",
+            "task_failures": probes.failures, "dtype": "float32", **probes.marks(ctx.subject.info),
         }  # fmt: skip
         return EvalResult(rows=rows.rows, details=_details(scored), counts=counts, draws=rows.draws)
 
@@ -209,19 +211,24 @@ def _by_task(probes: ProbeActivations, found: "Mapping[str, list[KProbe | None]]
 def _task_values(entries: Sequence[Scored], task: str, ctx: EvalContext) -> dict[str, np.ndarray]:
     """[1 + R] per metric: the value, then its resamples; means over the split seeds, same weights for all metrics."""
     resamples = min(MAX_RESAMPLES, uncertainty.resamples_of(ctx.preset))
-    weights = group_weights([e.unit for e in entries], rng(ctx.seed, "sparse_probing", task), resamples)
-    per_seed = [_entry_values(e, weights) for e in entries]
-    values = {name: np.mean([found[name] for found in per_seed], axis=0) for name in per_seed[0]}
+    blocks = group_weights([e.unit for e in entries], rng(ctx.seed, "sparse_probing", task), resamples)
+
+    def means_over_seeds(weights: np.ndarray) -> dict[str, np.ndarray]:
+        per_seed = [_entry_values(e, weights) for e in entries]
+        return {name: np.mean([found[name] for found in per_seed], axis=0) for name in per_seed[0]}
+
+    values = by_block(blocks, means_over_seeds)
     for k in entries[0].columns:
         values[f"sparsity_cost_k{k}"] = values["dense_auc"] - values[f"auc_k{k}"]
         values[f"gain_vs_channels_k{k}"] = values[f"auc_k{k}"] - values[f"floor_channels_auc_k{k}"]
     return values
 
 
-def _entry_values(e: Scored, weights: Weights) -> dict[str, np.ndarray]:
+def _entry_values(e: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """[b] per metric, of one block of weights [b, U]."""
     found: dict[str, np.ndarray] = {}
     for name, logit in e.logits.items():
-        auc = weighted_auc(logit, e.label, weights.matrix[:, e.unit])
+        auc = weighted_auc(logit, e.label, e.unit, weights)
         kind, _, k = name.rpartition("_")
         metric = {"shuffled": "floor_shuffled_auc", "dense": "dense_auc"}.get(name)
         found[metric or (f"floor_{kind}_auc_{k}" if kind else f"auc_{name}")] = auc
@@ -230,7 +237,7 @@ def _entry_values(e: Scored, weights: Weights) -> dict[str, np.ndarray]:
         loss, said, true = _per_row(logit, e.label)
         columns = [loss, (said == true).astype(np.float64), (said & true).astype(np.float64),
                    said.astype(np.float64) + true]  # fmt: skip
-        sums = weights.matrix @ sums_by_unit(e.unit, columns, weights.n_units)
+        sums = weights @ sums_by_unit(e.unit, columns, weights.shape[1])
         with np.errstate(invalid="ignore", divide="ignore"):
             found[f"ce_{name}"], found[f"acc_{name}"] = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
             found[f"f1_{name}"] = 2 * sums[:, 3] / sums[:, 4]

@@ -155,13 +155,13 @@ def test_weighted_auc_equals_counting_pairs():
     draw = np.random.default_rng(0)
     logit, label = np.round(draw.normal(size=40), 1), draw.integers(0, 2, 40)
     weight = draw.integers(0, 4, size=(5, 40)).astype(float)
-    found = weighted_auc(logit, label, weight)
+    found = weighted_auc(logit, label, np.arange(40), weight)
     for r in range(5):
         i, j = np.flatnonzero(label == 1), np.flatnonzero(label == 0)
         order = (logit[i][:, None] > logit[j]) + 0.5 * (logit[i][:, None] == logit[j])
         pairs = weight[r, i][:, None] * weight[r, j]
         assert found[r] == pytest.approx((order * pairs).sum() / pairs.sum())
-    assert math.isnan(weighted_auc(logit, np.ones(40), weight)[0])
+    assert math.isnan(weighted_auc(logit, np.ones(40), np.arange(40), weight)[0])
 
 
 def test_presets_and_configuration():
