@@ -27,7 +27,7 @@ from evals.page_tokens import TokenReader
 from evals.results import load_results
 from sae.manifest import writing
 
-VOID = {"meta", "link", "input", "br", "hr", "img"}
+VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 
 
 class Page(HTMLParser):
