@@ -9,6 +9,7 @@ from pathlib import Path
 from evals import leaderboard
 from evals.interp import Interpretation
 from evals.measure import Elsewhere, select
+from evals.more_probes import check_tasks
 from evals.random_model import measure_random_model
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
@@ -37,6 +38,8 @@ def run_job(cfg: RunConfig) -> int:
         stage.note = f"{lm.name}, {stages.hookpoint}, {lm_description(lm)['dtype']}"
         log.notes["lm"] = lm_description(lm) | {"hookpoint": stages.hookpoint}
     _check_disk(cfg, lm.check_hookpoint(stages.hookpoint))
+    if (more := check_tasks(cfg, stages)) is not None:
+        log.notes["more_tasks"] = more
     needs = frozenset().union(*(e.needs for e in evaluations))
     interpretation = Interpretation(cfg, stages, log) if "scores" in needs else None
     _prepare(stages, interpretation, needs)

@@ -63,8 +63,8 @@ class Measurement:
     hookpoint: str
     log: RunLog
     parts: Mapping[str, Callable[[], Any]]
-    """Makers of what evaluations need, by EvalContext field: stores, probes, train_text, truth (if there is one);
-    called on first use."""
+    """Makers of what evaluations need, by EvalContext field: stores, probes, train_text, truth (if there is one),
+    and more_probes, where the run has more tasks; called on first use."""
     latents: Callable[[str], Any]
     """Latent cache of a subject, or None."""
     scores: Callable[[str], "Path | None"]
@@ -91,7 +91,7 @@ class Measurement:
             stores=self.parts["stores"]() if needs & {"test", "interp"} else {},
             load_lm=self.load_lm if "lm" in needs else None,
             latents=self.latents(sae_id) if "interp" in needs and has_latents else None,
-            probes=self.parts["probes"]() if "probes" in needs else None,
+            probes=self.parts[self._probes_of(evaluation)]() if "probes" in needs else None,
             scores=self.scores(sae_id) if "scores" in needs and has_latents else None,
             train_text=self.parts["train_text"]() if "train_text" in needs else None,
             peers=self.peers(subject) if "peers" in needs else (),
@@ -99,6 +99,11 @@ class Measurement:
             pretraining=self.pretraining,
             shared=self.shared,
         )
+
+    def _probes_of(self, evaluation: Eval) -> str:
+        """The part with its prompts: an evaluation that takes more tasks reads those of ``--tasks`` too."""
+        more = getattr(evaluation, "more_tasks", False) and "more_probes" in self.parts
+        return "more_probes" if more else "probes"
 
     def run(self, evaluation: Eval, subject: Subject, seed: int | None = None) -> Path:
         """Rows of one pair: reused if complete, else computed. Returns their folder."""

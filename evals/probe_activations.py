@@ -6,7 +6,7 @@ Artefact ``probes/<key>/``: ``acts.npy`` float32 [N, D], ``rows.parquet`` (one l
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from sae.manifest import artefact_dir, canonical_json, is_complete, key_of, sha2
 if TYPE_CHECKING:
     import pandas as pd
 
+    from evals.results import SubjectInfo
     from sae.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,12 @@ class ProbeActivations:
         """Tasks asked for that cannot be measured, with the failure code."""
         return dict(self.meta["failures"])
 
+    def marks(self, info: "SubjectInfo") -> dict[str, Any]:
+        """What the manifest of a subject's rows says of tasks that its training text holds, and of those left out."""
+        seen = self.meta.get("seen_by", {}) if info.kind == "sae" else {}
+        told = {"seen": seen.get(info.sae_id, seen.get("", [])), "refused": sorted(self.meta.get("refused", {}))}
+        return {name: tasks for name, tasks in told.items() if tasks}
+
     @property
     def task_set(self) -> str:
         """Hash of task names, row counts and cap: means over different sets are never compared."""
@@ -180,11 +187,9 @@ def build_probes(
     filter of other metrics would drop it (METRICS C.3). Raises DataError for an unreadable own task, a NaN activation.
     """
     from sae.assets import find
-    from sae.tokens import prefix_id
 
     own = [OwnTask.parse(text) for text in cfg.own]
-    prefix = prefix_id(lm.tokenizer)
-    inputs = {"lm": f"{lm.name}@{lm.revision}", "hookpoint": hookpoint, "dtype": str(lm.dtype), "prefix": str(prefix)}
+    prefix, inputs = model_inputs(lm, hookpoint)
     if cfg.tasks:
         inputs |= {"tasks": tasks_sha256(), "sae_probes": find("sae_probes").wheel_sha256}
     if any(task_table()[name].get("transform") == "languages" for name in cfg.tasks):
@@ -199,8 +204,17 @@ def build_probes(
     if force or not is_complete(folder):
         tasks = _build_tasks(cfg, own)
         with writing(folder, kind=KIND, key=key, stage_version=STAGE_VERSION, config=config, inputs=inputs) as writer:
-            writer.counts.update(_write(writer.path, tasks, lm, hookpoint, prefix, cfg))
+            writer.counts.update(write_probes(writer.path, tasks, lm, hookpoint, prefix, cfg, missing_tasks()))
     return ProbeActivations.open(folder)
+
+
+def model_inputs(lm: "LanguageModel", hookpoint: str) -> tuple[int, dict[str, str]]:
+    """(prefix token, what a store of activations depends on besides its prompts)."""
+    from sae.tokens import prefix_id
+
+    prefix = prefix_id(lm.tokenizer)
+    named = {"lm": f"{lm.name}@{lm.revision}", "hookpoint": hookpoint, "dtype": str(lm.dtype), "prefix": str(prefix)}
+    return prefix, named
 
 
 def _build_tasks(cfg: ProbeConfig, own: list[OwnTask]) -> list[ProbeTask]:
@@ -211,10 +225,11 @@ def _build_tasks(cfg: ProbeConfig, own: list[OwnTask]) -> list[ProbeTask]:
     return [make() for make in track(makers, "reading probe tasks", unit="task")]
 
 
-def _write(
-    folder: Path, tasks: list[ProbeTask], lm: "LanguageModel", hookpoint: str, prefix: int, cfg: ProbeConfig
-) -> dict[str, Any]:
-    """Files of the artefact; returns the counts for the manifest."""
+def write_probes(
+    folder: Path, tasks: list[ProbeTask], lm: "LanguageModel", hookpoint: str, prefix: int, cfg: ProbeConfig,
+    missing: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Files of the artefact; returns the counts for the manifest. ``missing``: tasks that cannot be had, with why."""
     import pandas as pd
 
     chosen, splits, failures = _choose(tasks, cfg)
@@ -239,7 +254,7 @@ def _write(
     identity = [[task.name, len(task.keys), int(task.labels.sum()), task.n_groups] for task in tasks]
     meta = {
         "tasks": names, "families": {task.name: task.family for task in tasks}, "failures": failures,
-        "missing": missing_tasks(), "dropped": {task.name: dict(task.n_dropped) for task in tasks},
+        "missing": dict(missing or {}), "dropped": {task.name: dict(task.n_dropped) for task in tasks},
         "task_set": sha256_text(canonical_json([identity, cfg.cap_rows, cfg.max_tokens, cfg.seeds]))[:12], **counts,
     }
     (folder / "tasks.json").write_text(canonical_json(meta) + "\n", encoding="utf-8")

@@ -91,6 +91,7 @@ def _before(pattern: str) -> Callable[[RawRow], str]:
 
 GROUP_KEYS: dict[str, Callable[[RawRow], str]] = {
     "before_answer": _before(r"\nA[:.]"),
+    "before_bar": lambda row: normalise(row.prompt.partition(" | ")[0]),
     "before_blank_line": lambda row: normalise(row.prompt.partition("\n\n")[0]),
     "before_sep": lambda row: normalise(row.prompt.partition("[SEP]")[0]),
     "first_200": lambda row: normalise(row.prompt)[:200],

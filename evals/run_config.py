@@ -46,6 +46,11 @@ class RunConfig:
     """Seed of sampling and training."""
     task_csv: tuple[str, ...] = ()
     """Own probe tasks beside the preset's: NAME=FILE[:prompt_column:label_column:positive_label]."""
+    tasks: tuple[str, ...] = ()
+    """More probe tasks for sparse_probing: `sae_probes`, the package's 65 other binary data sets, or names of some
+    (docs/probe-tasks.md). What an SAE of the run was trained on is refused."""
+    allow_seen: bool = False
+    """Also measure tasks of --tasks whose texts are in the training text; their rows say so."""
     random_model: bool = False
     """Also train and measure an SAE of the model with random weights, as a floor; costs about as much as one SAE and
     the collecting of its activations."""
@@ -88,6 +93,7 @@ class RunConfig:
             seeds = getattr(self, name)
             require(len(set(seeds)) == len(seeds), f"--{name.replace('_', '-')} names a seed twice")
         require(self.workers >= 1, f"--workers must be at least 1, got {self.workers}")
+        self._check_tasks()
         require(
             self.exemplars.score_embedding_near == 0 or self.interp.embedder != "none",
             "--exemplars.score-embedding-near needs an embedder; give --interp.embedder default (or a folder), or 0",
@@ -98,6 +104,18 @@ class RunConfig:
             "more engines",
         )
         require(self.effect_windows >= 0, f"--effect-windows must be 0 or more, got {self.effect_windows}")
+
+    def _check_tasks(self) -> None:
+        if not self.tasks:
+            require(not self.allow_seen, "--allow-seen is of --tasks; give --tasks sae_probes, or names of tasks")
+            return
+        from evals.more_tasks import named
+
+        named(self.tasks)
+        require(
+            not self.evals or "sparse_probing" in self.evals,
+            "--tasks adds tasks to sparse_probing, which --evals leaves out",
+        )
 
     def train_configs(self) -> "list[TrainConfig]":
         """One per architecture and training seed; they share all else but what is for other architectures alone."""
@@ -120,6 +138,8 @@ class RunConfig:
             values.pop(name)
         for name in ("replicas", "vllm", "concurrency", "timeout_s"):  # where engines run, how a server is asked
             values["interp"].pop(name)
+        if not self.tasks:  # a run without them keeps the key that it had before they came
+            del values["tasks"], values["allow_seen"]
         return values
 
     def key(self) -> str:

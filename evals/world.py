@@ -1,5 +1,6 @@
 """What a run measures and with what: subjects, and the makers of everything that evaluations need."""
 
+from collections.abc import Callable
 from typing import Any
 
 from autointerp.records import INTERP_SPLITS
@@ -7,6 +8,7 @@ from evals.base import SAESubject, Subject
 from evals.baselines import baseline_subjects
 from evals.interp import Interpretation
 from evals.measure import Measurement
+from evals.more_probes import admitted, build_more_probes, joined
 from evals.pretraining import Curve, Pretraining
 from evals.probe_activations import ProbeActivations, ProbeConfig, build_probes
 from evals.run_config import RunConfig
@@ -28,6 +30,20 @@ def all_subjects(cfg: RunConfig, stages: Pipeline) -> list[Subject]:
 def _mean_l0(stages: Pipeline, subject: SAESubject) -> float:
     codes = subject.encode_sparse(stages.reference_sample[:2048])
     return float((codes.values_NK > 0).sum(dim=1).float().mean())
+
+
+def _with_more_tasks(
+    cfg: RunConfig, stages: Pipeline, log: RunLog, probes: Callable[[], ProbeActivations]
+) -> ProbeActivations:
+    """The preset's tasks, where it has some, and those of ``--tasks``."""
+    chosen, sizes = admitted(cfg, stages), ProbeConfig.of_preset(cfg.preset, own=cfg.task_csv)
+    assert chosen is not None
+    parts = [probes()] if sizes.tasks or sizes.own else []
+    with log.stage("probe prompts of more tasks") as stage:
+        more = build_more_probes(
+            cfg.root, stages.lm(), stages.hookpoint, chosen.tasks, ProbeConfig.of_preset(cfg.preset), force=cfg.force)
+        stage.finish([more.folder])
+    return joined([*parts, more], chosen)
 
 
 def make_measurement(
@@ -54,6 +70,11 @@ def make_measurement(
                 stage.finish([made["probes"].folder])
         return made["probes"]
 
+    def more_probes() -> ProbeActivations:
+        if "more_probes" not in made:
+            made["more_probes"] = _with_more_tasks(cfg, stages, log, probes)
+        return made["more_probes"]
+
     return Measurement(
         root=cfg.root,
         preset=cfg.preset,
@@ -61,7 +82,8 @@ def make_measurement(
         hookpoint=stages.hookpoint,
         log=log,
         parts={"stores": stores, "probes": probes, "train_text": lambda: stages.tokens["train"]}
-        | ({"truth": lambda: Truth.open(truth)} if truth else {}),
+        | ({"truth": lambda: Truth.open(truth)} if truth else {})
+        | ({"more_probes": more_probes} if cfg.tasks else {}),
         pretraining=Pretraining(
             cfg.pretraining_tokens, Curve.open(cfg.pretraining_curve) if cfg.pretraining_curve else None),
         latents=lambda sae_id: stages.latents.get(sae_id),
