@@ -54,7 +54,7 @@ def select(
     if prompted:
         scored, unanswered = _prompted(texts, exemplars, ctx)
     else:
-        scored = {e.explanation_id: _phrase_auc(e, exemplars, ctx) for es in texts.values() for e in es}
+        scored = _phrase_aucs([e for es in texts.values() for e in es], exemplars, ctx)
     out: list[Explanation] = []
     for latent in sorted(found):
         candidates = found[latent]
@@ -134,10 +134,18 @@ def _balanced_accuracy(explanation: Explanation, windows: Sequence[Any], verdict
     return sum(rates) / 2
 
 
-def _phrase_auc(explanation: Explanation, exemplars: ExemplarTable, ctx: ExplainContext) -> float | None:
-    if ctx.embedder is None or explanation.text is None:
-        return None
-    windows = exemplars.scored(explanation.latent, CALIBRATE)
-    values = np.array(PhraseJudge(ctx.embedder, Decoder(ctx.tokenizer)).values(explanation.text, windows))
-    positive = np.array([e.positive for e in windows], dtype=bool)
-    return auc(values[positive], values[~positive])
+def _phrase_aucs(
+    explanations: Sequence[Explanation], exemplars: ExemplarTable, ctx: ExplainContext
+) -> dict[str, float | None]:
+    """AUC of each text on the calibrate windows of its latent; the words of all windows are embedded together."""
+    if ctx.embedder is None:
+        return {e.explanation_id: None for e in explanations}
+    windows = {latent: exemplars.scored(latent, CALIBRATE) for latent in sorted({e.latent for e in explanations})}
+    judge = PhraseJudge(ctx.embedder, Decoder(ctx.tokenizer))
+    judge.prepare((e.text or "" for e in explanations), (w for of_latent in windows.values() for w in of_latent))
+    found = {}
+    for e in explanations:
+        values = np.array(judge.values(e.text or "", windows[e.latent]))
+        positive = np.array([w.positive for w in windows[e.latent]], dtype=bool)
+        found[e.explanation_id] = auc(values[positive], values[~positive])
+    return found

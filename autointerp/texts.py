@@ -51,11 +51,12 @@ class Word(NamedTuple):
 
 
 class Decoder:
-    """A tokenizer with a memory of single tokens. Specials are decoded like any other token."""
+    """A tokenizer with a memory of tokens and words. Specials are decoded like any other token."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
+        self._runs: dict[tuple[int, ...], str] = {}
 
     def piece(self, token_id: int) -> str:
         """Text of one token, its leading blank included; half a character comes out as U+FFFD."""
@@ -66,6 +67,14 @@ class Decoder:
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of a run of tokens, decoded together so that characters split over tokens are whole."""
         return str(self.tokenizer.decode(list(token_ids)))
+
+    def _word(self, token_ids: tuple[int, ...]) -> str:
+        """Text of a word; the words of a corpus repeat, and a call of the tokenizer costs more than all else here."""
+        if len(token_ids) == 1:
+            return self.piece(token_ids[0])
+        if token_ids not in self._runs:
+            self._runs[token_ids] = self.text(token_ids)
+        return self._runs[token_ids]
 
     def window(self, exemplar: Exemplar) -> str:
         """Text of the exemplar, blanks at its ends removed."""
@@ -86,8 +95,7 @@ class Decoder:
                 starts.append(i)
         out = []
         for first, after in zip(starts, [*starts[1:], len(pieces)], strict=True):
-            raw = self.text(token_ids[first:after])
-            out.append(Word(readable(raw), first, after - 1))
+            out.append(Word(readable(self._word(tuple(token_ids[first:after]))), first, after - 1))
         return out
 
     def around(self, exemplar: Exemplar, n_tokens: int) -> str:

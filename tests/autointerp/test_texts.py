@@ -41,6 +41,23 @@ def test_letters_join_and_marks_stand_alone() -> None:
     assert Decoder(TOKENIZER).words(TOKENIZER.encode("über", add_special_tokens=False))[0].text == "über"
 
 
+def test_a_word_is_decoded_once() -> None:
+    class Counting:
+        n = 0
+
+        def decode(self, ids: list[int]) -> str:
+            self.n += 1
+            return TOKENIZER.decode(ids)
+
+    ids, counting = TOKENIZER.encode("unlikely, said the unlikely man", add_special_tokens=False), Counting()
+    decoder = Decoder(counting)
+    words = decoder.words(ids)
+    assert [w.text for w in words] == [readable(TOKENIZER.decode(ids[w.first : w.last + 1])) for w in words]
+    first = counting.n
+    assert decoder.words(tuple(ids[: words[0].last + 1])) == words[:1] and decoder.words(ids) == words
+    assert counting.n == first == len(set(ids)) + len({w.text for w in words if w.last > w.first})
+
+
 def test_invisible_words_and_marks_have_names() -> None:
     assert (readable("\n"), readable(" \t"), readable("  "), readable(" cat ")) == ("line break", "tab", "space", "cat")
     assert named("?") == "question mark ?" and named("cat") == "cat"
