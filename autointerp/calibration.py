@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autointerp.rates import N_RESAMPLES, Interval, percentiles
+from autointerp.rates import N_RESAMPLES, Interval, interval_of
 from sae.errors import ConfigError, did_you_mean
 from sae.manifest import rng
 
@@ -160,7 +160,7 @@ def simulation_metrics(sums: WindowSums, positive: np.ndarray, *key: object) -> 
             out[metric] = SimulationMetric(None, None, reason)
             continue
         draws = resampled[metric][np.isfinite(resampled[metric])]
-        interval = percentiles(draws) if len(draws) >= N_RESAMPLES // 2 else None
+        interval = interval_of(draws, value) if len(draws) >= N_RESAMPLES // 2 else None
         out[metric] = SimulationMetric(value, interval, None)
     return out
 

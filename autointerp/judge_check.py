@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from autointerp.interfaces import SUBJECT_NEEDS, ScoreContext, ScoreJob, Scorer, check_needs
-from autointerp.rates import auc, percentiles, too_many_failed
+from autointerp.rates import auc, interval_of, too_many_failed
 from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, JudgeCheck, ScoreItem
 from sae.config import require
 from sae.manifest import rng
@@ -175,5 +175,4 @@ def _interval(values: Sequence[float | None], name: str, seed: int) -> tuple[flo
     if len(found) < 2:
         return None, None
     draws = rng("judge_check", seed, name).integers(len(found), size=(N_RESAMPLES, len(found)))
-    low, high = percentiles(found[draws].mean(1))
-    return low, high
+    return interval_of(found[draws].mean(1), float(found.mean())) or (None, None)

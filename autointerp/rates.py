@@ -63,7 +63,32 @@ def auc_interval(
     times_pos = generator.multinomial(n_pos, np.full(n_pos, 1 / n_pos), size=N_RESAMPLES)
     times_neg = generator.multinomial(n_neg, np.full(n_neg, 1 / n_neg), size=N_RESAMPLES)
     values = ((times_pos @ wins) * times_neg).sum(1) / (n_pos * n_neg)
-    return percentiles(values)
+    estimate = float(wins.mean())
+    if estimate in (0.0, 1.0):  # no pair (or every pair) is out of order, and so in every resample
+        return auc_score_interval(estimate, n_pos, n_neg)
+    return interval_of(values, estimate)
+
+
+def auc_score_interval(value: float, n_pos: int, n_neg: int, z: float = 1.959964) -> Interval:
+    """Score interval of an AUC, defined at 0 and 1 too: the AUCs that lie within ``z`` of their own standard errors of
+    ``value`` (Newcombe 2006, Statistics in Medicine 25:559, method 5: Hanley and McNeil's variance with both sizes
+    replaced by their mean). Both sizes at least 1."""
+    mean_n = (n_pos + n_neg) / 2
+
+    def away(theta: float) -> float:
+        shape = 1 + (mean_n - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return abs(theta - value) - z * float(np.sqrt(theta * (1 - theta) * shape / (n_pos * n_neg)))
+
+    def bound(outside: float) -> float:
+        inside = value
+        if away(outside) <= 0:
+            return outside
+        for _ in range(60):  # halving: past the precision of a float
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if away(middle) > 0 else (middle, outside)
+        return inside
+
+    return Interval(bound(0.0), bound(1.0))
 
 
 def average_precision(
@@ -99,7 +124,8 @@ def average_precision_interval(
         generator.multinomial(len(side), np.full(len(side), 1 / len(side)), size=N_RESAMPLES)
         for side in (positive, negative)
     ]
-    return percentiles(_average_precisions(positive, negative, negative_weights, pi, *times))
+    estimate = average_precision(positive, negative, negative_weights, pi)
+    return interval_of(_average_precisions(positive, negative, negative_weights, pi, *times), estimate)
 
 
 def _average_precisions(
@@ -121,10 +147,34 @@ def _average_precisions(
     return (np.diff(recall, axis=1, prepend=0.0) * precision).sum(axis=1)
 
 
-def percentiles(values: np.ndarray) -> Interval:
-    """2.5 and 97.5 percentiles."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Interval(float(low), float(high))
+def interval_of(draws: np.ndarray, estimate: float | None) -> Interval | None:
+    """2.5 and 97.5 percentiles of ``draws`` (those that are numbers), stretched to hold ``estimate`` where skewed draws
+    pass it by. None where there are fewer than two, or all are alike: an interval without width claims a certainty
+    that no sample gives."""
+    found = draws[np.isfinite(draws)]
+    if len(found) < 2 or np.ptp(found) <= 1e-12 * np.abs(found).max():
+        return None
+    low, high = np.percentile(found, [2.5, 97.5])
+    if estimate is None:
+        return Interval(float(low), float(high))
+    return Interval(min(float(low), estimate), max(float(high), estimate))
+
+
+class Effective(NamedTuple):
+    """A weighted proportion as if from windows of equal weight: hits and misses, not whole numbers."""
+
+    hit: float
+    miss: float
+
+
+def effective_counts(weights: Sequence[float], hits: Sequence[float], ns: Sequence[float]) -> Effective:
+    """Counts of a simple sample that is as informative as cells of ``ns`` windows weighing ``weights`` (summing to 1):
+    n = 1 / sum w^2/n, hits = n sum w h/n. Exact in variance where all cells have one rate, too wide where they differ
+    (what separates cells is no sampling noise). Every n at least 1."""
+    w, h, n = (np.asarray(v, dtype=np.float64) for v in (weights, hits, ns))
+    size = 1 / float((w * w / n).sum())
+    share = min(1.0, max(0.0, float((w * h / n).sum())))  # a sum of weights may pass 1 by rounding
+    return Effective(size * share, size * (1 - share))
 
 
 def choose_threshold(values: Sequence[float], positive: Sequence[bool]) -> float:

@@ -22,7 +22,7 @@ class Detection:
     """``Detection(mode="auto", per_request=10)``; auto = logprob where the client has next-token log-probabilities."""
 
     name: ClassVar[str] = "detection"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"client:generate"})
     metrics: ClassVar[tuple[str, ...]] = (*DETECTION_METRICS, "average_precision")
 

@@ -22,7 +22,7 @@ class Embedding:
     """Cosine of explanation and window, thresholded on the calibrate split."""
 
     name: ClassVar[str] = "embedding"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"embedder"})
     metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
 

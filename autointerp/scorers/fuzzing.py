@@ -14,9 +14,9 @@ import numpy as np
 from autointerp.classify import (
     Counts,
     base_score,
-    beta_draws,
     cell_row,
     count_items,
+    drawn_rate,
     positives_of,
     unscored,
 )
@@ -25,7 +25,7 @@ from autointerp.fuzz import NEGATIVES, WRONG, Marked, marked_windows
 from autointerp.interfaces import ScoreContext, ScoreJob, ScoreResult
 from autointerp.judging import MODES, Mode, Question, YesNoJudge, verdict_item
 from autointerp.prompts import load_prompt, marked_text
-from autointerp.rates import auc, auc_interval, percentiles, too_many_failed
+from autointerp.rates import auc, auc_interval, interval_of, too_many_failed
 from autointerp.records import LatentScore, ScoreItem
 from sae.config import require
 from sae.errors import Unsupported
@@ -36,7 +36,7 @@ class Fuzzing:
     """``Fuzzing(mode="auto", per_request=10)``; auto = logprob where the client has next-token log-probabilities."""
 
     name: ClassVar[str] = "fuzzing"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"client:generate"})
     metrics: ClassVar[tuple[str, ...]] = ("recall", "balanced_accuracy", "auc")
 
@@ -149,11 +149,8 @@ def _aggregates(
         value = interval = None
         if not null:
             value = _combined([np.mean([c.hit / c.n for c in cells.values()]) for cells, _ in sides])
-            draws = [
-                np.mean([beta_draws(f"{slot}={n}", c.hit, c.miss) for n, c in cells.items()], axis=0)
-                for cells, slot in sides
-            ]
-            interval = percentiles(np.asarray(_combined(draws)))
+            draws = [drawn_rate(slot, [(1 / len(cells), c) for c in cells.values()]) for cells, slot in sides]
+            interval = interval_of(np.asarray(_combined(draws)), float(value))
         worst_recall = np.mean([c.hit / (c.n + c.failed) for c in groups.values()])
         worst_fpr = np.mean([(c.hit + c.failed) / (c.n + c.failed) for c in kinds.values()])
         rows.append(

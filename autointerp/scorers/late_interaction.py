@@ -17,7 +17,7 @@ class LateInteraction:
     """Mean over phrases of the best word's cosine, thresholded on the calibrate split."""
 
     name: ClassVar[str] = "late_interaction"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"embedder"})
     metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
 

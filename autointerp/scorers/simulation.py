@@ -32,7 +32,7 @@ class SimulationScorer:
     """Correlation and explained variance of simulated activations."""
 
     name: ClassVar[str] = "simulation"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[tuple[str, ...]] = SIMULATION_METRICS
 
     def __init__(

@@ -31,7 +31,7 @@ class Surprisal:
     """Likelihood contrast of the explanation."""
 
     name: ClassVar[str] = "surprisal"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"client:continuation"})
     metrics: ClassVar[tuple[str, ...]] = DETECTION_METRICS
 
