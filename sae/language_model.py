@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sae.errors import ConfigError, Unsupported, did_you_mean
 from sae.hooks import first_tensor, replace_input, with_first
 from sae.packed import pack_linears
+from sae.unembedding import Unembedding
 
 if TYPE_CHECKING:
     from sae.fast_forward import FastForward
@@ -79,6 +80,7 @@ class LanguageModel:
         """
         from sae.model_files import resolve
 
+        device = usable_device(device)
         files = resolve(ref, revision)
         chosen = _dtype(dtype, device)
         model, tokenizer = files.load(chosen)
@@ -93,6 +95,11 @@ class LanguageModel:
     def blocks(self) -> nn.ModuleList:
         """The decoder's blocks, first to last."""
         return cast(nn.ModuleList, self.decoder.get_submodule(self.stack_name))
+
+    @cached_property
+    def unembedding(self) -> Unembedding:
+        """Final hidden states to logits; :class:`Unsupported` where they are more than a scaled, capped product."""
+        return Unembedding(self.model)
 
     def default_hookpoint(self) -> str:
         """The output of the middle block."""
@@ -168,8 +175,11 @@ class LanguageModel:
 
         def keep(hookpoint: str) -> Callable[[Any], None]:
             def take(value: Any) -> None:
-                found.setdefault(hookpoint, first_tensor(value))
-                if len(found) == len(wanted):
+                tensor = first_tensor(value)
+                last = len(found.keys() | {hookpoint}) == len(wanted)
+                # The model goes on, and some add to an MLP's output in place (Falcon).
+                found.setdefault(hookpoint, tensor if last or not isinstance(tensor, Tensor) else tensor.clone())
+                if last:
                     raise _Stop
 
             return take
@@ -206,11 +216,12 @@ class LanguageModel:
         module, (_, at_input) = self._module(hookpoint), _split(hookpoint)
         value = acts_BLD.to(self.device, self.dtype)
 
+        # A copy each time: some models add to what a module gave in place, and the caller's tensor is not theirs.
         def before(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            return replace_input(value, args, kwargs)
+            return replace_input(value.clone(), args, kwargs)
 
         def after(_: nn.Module, args: Any, output: Any) -> Any:
-            return with_first(output, value)
+            return with_first(output, value.clone())
 
         if at_input:
             handle = module.register_forward_pre_hook(before, with_kwargs=True)
@@ -233,6 +244,20 @@ def _split(hookpoint: str) -> tuple[str, bool]:
     return hookpoint.removesuffix(INPUT_SUFFIX), hookpoint.endswith(INPUT_SUFFIX)
 
 
+def usable_device(device: str) -> str:
+    """``device`` itself; :class:`ConfigError` if this torch cannot put a tensor there."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs by back-end
+        has = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no CUDA device"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--device {device}: {reason}; this torch ({torch.__version__}) sees {has}; give --device cpu, or install "
+            "a torch built for the device"
+        ) from None
+    return device
+
+
 def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -245,11 +270,14 @@ def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
 
 
 def _find_stack(model: Any, n_layers: int) -> tuple[nn.Module, str]:
-    """The module that owns the list of blocks, and the list's name in it."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            owner, _, name = path.rpartition(".")
-            return model.get_submodule(owner), name
+    """The module that owns the list of blocks, and the list's name in it. Looked for in the text decoder first: the
+    vision tower of a model that also reads images may have as many blocks."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    for whole in (decoder, model) if isinstance(decoder, nn.Module) else (model,):
+        for path, module in whole.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+                owner, _, name = path.rpartition(".")
+                return whole.get_submodule(owner), name
     raise Unsupported(
         f"{type(model).__name__} keeps its {n_layers} blocks in no ModuleList; its layers cannot be hooked"
     )

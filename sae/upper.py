@@ -120,10 +120,8 @@ class UpperRunner:
 
     @torch.no_grad()
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V], float32, of final normed hidden states [..., D]."""
-        logits = self.lm.model.get_output_embeddings()(hidden.to(self.lm.dtype)).float()
-        cap = getattr(self.lm.model.config.get_text_config(), "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        """Logits [..., V], float32, of final normed hidden states [..., D]; :class:`Unsupported` for an odd head."""
+        return self.lm.unembedding(hidden.to(self.lm.dtype))
 
     def _run(self, resid_BLD: Tensor, past: Past | None, cache: Any = None) -> Tensor:
         """The view's forward: final hidden states. ``cache`` collects keys and values if given."""
