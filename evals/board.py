@@ -45,6 +45,13 @@ class Column:
     judge: str = ""
     weak: str = ""
     """Why the judge is not believed; such a column is shown and never ranked."""
+    task_set: str = ""
+    """Probe tasks that it is a mean over, where the board holds means over several sets: they are never compared."""
+
+    def of(self, rows: "pd.DataFrame") -> "pd.DataFrame":
+        """Those of some rows of its metric that were made as it says."""
+        found = rows[(rows["eval_version"] == self.version) & (rows["preset"] == self.preset)]
+        return found[found["task_set"] == self.task_set] if self.task_set else found
 
     @property
     def ranked(self) -> bool:
@@ -136,12 +143,13 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def newest(results: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per (sae_id, eval, version, metric, slice, split, preset): lowest seed, of it the newest run."""
-    identity = ["sae_id", "eval", "eval_version", "metric", "slice", "split", "preset"]
+def newest(results: "pd.DataFrame", *more: str) -> "pd.DataFrame":
+    """One row per (sae_id, eval, version, metric, slice, split, preset) and ``more``: lowest seed, of it the newest
+    run."""
+    identity = ["sae_id", "eval", "eval_version", "metric", "slice", "split", "preset", *more]
     ordered = results.assign(_made=results["created_at"].fillna("").astype(str))
     ordered = ordered.sort_values(
-        [*identity, "seed", "_made", "run_key"], ascending=[True] * 8 + [False, True], kind="stable"
+        [*identity, "seed", "_made", "run_key"], ascending=[True] * (len(identity) + 1) + [False, True], kind="stable"
     )
     return ordered.drop_duplicates(identity, keep="first").drop(columns="_made").reset_index(drop=True)
 
@@ -169,19 +177,22 @@ def _of_one_scorer(found: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str
 def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str], str]) -> list[Column]:
     """The variants of one headline column, the most recent version first."""
     found = _of_one_scorer(_matching(rows, spec), spec, weak)
+    several = len({t for t in found["task_set"] if t}) > 1
     variants = sorted(
         {
-            (-int(v), str(p), str(s))
-            for v, p, s in zip(found["eval_version"], found["preset"], found["slice"], strict=True)
+            (-int(v), str(p), str(s), str(t) if several else "")
+            for v, p, s, t in zip(
+                found["eval_version"], found["preset"], found["slice"], found["task_set"], strict=True)
         }
     )
     columns = []
-    for minus_version, preset, slice_text in variants:
+    for minus_version, preset, slice_text, task_set in variants:
         parts = slice_parts(slice_text)
         tags = [f"v{-minus_version}", preset] if len({v[:2] for v in variants}) > 1 else []
         if len({v[2] for v in variants}) > 1:
             named = {*spec.slice} | ({("scorer", parts.get("scorer", ""))} if spec.scorers else set())
             tags += [value for name, value in sorted(parts.items()) if (name, value) not in named]
+        tags += [f"tasks {task_set}"] if several else []
         judge = parts.get("judge", "")
         columns.append(
             Column(
@@ -193,6 +204,7 @@ def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str],
                 title=spec.title + (f" ({', '.join(tags)})" if tags else ""),
                 judge=judge,
                 weak=weak.get((judge, parts.get("scorer", "")), ""),
+                task_set=task_set,
             )
         )
     return columns or [Column(spec=spec, id=spec.key, version=0, preset="", slice="", title=spec.title)]
@@ -303,18 +315,14 @@ def build_board(results: "pd.DataFrame", draws: Draws | None = None) -> Board:
     """
     if results.empty:
         return Board()
-    rows = newest(results)
+    rows = newest(results, "task_set")
     weak = weak_judges(rows)
     columns = [column for spec in HEADLINE for column in _columns(rows, spec, weak)]
     subjects = [_subject(group) for _, group in rows.groupby("sae_id", sort=True)]
     cells: dict[tuple[str, str], Cell] = {}
     for column in columns:
-        found = _matching(rows, column.spec)
-        found = found[
-            (found["eval_version"] == column.version)
-            & (found["preset"] == column.preset)
-            & (found["slice"] == column.slice)
-        ]
+        found = column.of(_matching(rows, column.spec))
+        found = found[found["slice"] == column.slice]
         for subject in subjects:
             cells[subject.sae_id, column.id] = _cell(found[found["sae_id"] == subject.sae_id])
     subjects = [

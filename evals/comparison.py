@@ -203,7 +203,7 @@ def _line(root: Path, rows: "pd.DataFrame", column: "Column", a: Cell, b: Cell) 
 
     spec = column.spec
     found = rows[(rows["eval"] == spec.eval) & (rows["metric"] == spec.metric) & (rows["slice"] == column.slice)]
-    found = found[(found["eval_version"] == column.version) & (found["preset"] == column.preset)]
+    found = column.of(found)
     chosen = newest(found) if len(found) else found
     base: dict[str, Any] = {"metric": column.id, "title": column.title, "better": "neither" if column.weak
                             else spec.better}  # fmt: skip
@@ -232,6 +232,8 @@ def _made_otherwise(rows: "pd.DataFrame", column: "Column", cell: Cell) -> str:
     """`` (there: version 1, preset quick)``: how the cell's rows of this metric were made instead; "" without any."""
     spec = column.spec
     found = rows[(rows["eval"] == spec.eval) & (rows["metric"] == spec.metric) & rows["sae_id"].isin(cell.sae_ids)]
+    if column.task_set and len(found):
+        return f" (there: task set {', '.join(sorted(set(found['task_set'])))}; here: {column.task_set})"
     made = sorted({(int(v), str(p)) for v, p in zip(found["eval_version"], found["preset"], strict=True)}
                   - {(column.version, column.preset)})  # fmt: skip
     if not made:

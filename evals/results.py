@@ -240,7 +240,7 @@ def pairing_of(manifest: Mapping[str, Any]) -> str:
 
 
 def load_results(root: Path) -> Any:
-    """All rows under ``root`` as a DataFrame, provenance, wall time and pairing joined from the manifests."""
+    """All rows under ``root`` as a DataFrame, provenance, wall time, pairing and task set joined from the manifests."""
     import pandas as pd
 
     records: list[Mapping[str, Any]] = []
@@ -249,6 +249,8 @@ def load_results(root: Path) -> Any:
         made = {**manifest.get("provenance", {}), **manifest.get("counts", {})}
         extra = {name: made.get(name) for name in PROVENANCE_COLUMNS} | {"wall_s": manifest.get("wall_s")}
         extra["pairing"] = pairing_of(manifest)
+        # of the tasks asked for; compare tells a mean over fewer of them (" without ...") itself
+        extra["task_set"] = str(made.get("task_set") or "").partition(" without ")[0]
         records.extend(asdict(row) | extra for row in read_rows(folder))
-    columns = [f.name for f in fields(Row)] + [*PROVENANCE_COLUMNS, "wall_s", "pairing"]
+    columns = [f.name for f in fields(Row)] + [*PROVENANCE_COLUMNS, "wall_s", "pairing", "task_set"]
     return pd.DataFrame(records, columns=columns)

@@ -9,18 +9,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from synthetic_results import info, metric
 from tiny import save_tiny_lm
 
+from evals.board import Board, Column, build_board
+from evals.comparison import compare
 from evals.more_probes import build_more_probes, joined
 from evals.more_tasks import EVERY, MORE_FILE, admit, build_more, more_table, named, table_name
 from evals.probe_activations import ProbeConfig, build_probes
 from evals.probe_datasets import GROUP_KEYS, split_task, task_table
+from evals.results import Estimate, load_results, make_row, row_dir, write_rows
 from evals.run_all import main, parse
 from evals.run_config import tiny
 from sae import assets
 from sae.errors import ConfigError
 from sae.language_model import LanguageModel
-from sae.manifest import sha256_file
+from sae.manifest import sha256_file, writing
 
 MIX = json.loads((Path(assets.__file__).parent / "default_mix.json").read_text())
 
@@ -211,3 +215,40 @@ def test_tables_that_are_not_refused_share_no_text_with_the_default_mix():
         at = np.minimum(np.searchsorted(mix, hashes), len(mix) - 1)
         share = len(np.unique(text_of[mix[at] == hashes])) / len(task.keys)
         assert share <= 0.01, (name, share)
+
+
+# -- what is shown of them --------------------------------------------------------------------------------------------
+def rows_of(root: Path, sae_id: str, task_set: str, value: float, key: str) -> None:
+    subject, auc = info(sae_id), metric("auc_k1")
+    found = Estimate(value=value, n=9, ci_low=value - 0.01, ci_high=value + 0.01, stderr=0.005)
+    row = make_row(subject, "sparse_probing", 1, auc, found, seed=0, run_key=key, preset="quick", split="heldout")
+    with writing(row_dir(root, sae_id, "sparse_probing", key), kind="rows", key=key, stage_version=1, config={},
+                 inputs={"probes": task_set}) as out:  # fmt: skip
+        write_rows(out.path, [row], [auc])
+        out.counts.update({"task_set": task_set, "dtype": "float32"})
+
+
+def test_means_over_other_tasks_stand_in_columns_of_their_own_and_are_not_compared(tmp_path):
+    a, b = (f"smollm2-135m.layers.15.{kind}-f4608-k32.s0-abcd1234" for kind in ("topk", "relu"))
+    rows_of(tmp_path, a, "aaa", 0.7, "k0")
+    rows_of(tmp_path, b, "aaa without two", 0.6, "k0")
+    board = build_board(load_results(tmp_path))
+    (column,) = auc_columns(board)
+    assert column.task_set == "" and {board.cells[s, column.id].value for s in (a, b)} == {0.7, 0.6}
+    assert "task_set: aaa, aaa without two" in verdicts(tmp_path, a, b)
+
+    rows_of(tmp_path, b, "bbb", 0.9, "k1")
+    board = build_board(load_results(tmp_path))
+    by_set = {c.task_set: c for c in auc_columns(board)}
+    assert set(by_set) == {"aaa", "bbb"} and len({c.id for c in by_set.values()}) == 2
+    assert (board.cells[a, by_set["aaa"].id].value, board.cells[b, by_set["aaa"].id].value) == (0.7, 0.6)
+    assert (board.cells[a, by_set["bbb"].id].value, board.cells[b, by_set["bbb"].id].value) == (None, 0.9)
+    assert "there: task set aaa; here: bbb" in verdicts(tmp_path, a, b)
+
+
+def auc_columns(board: Board) -> list[Column]:
+    return [c for c in board.columns if (c.spec.eval, c.spec.metric) == ("sparse_probing", "auc_k1")]
+
+
+def verdicts(root: Path, a: str, b: str) -> str:
+    return "; ".join(line.verdict for line in compare(root, a, b).lines)
