@@ -85,7 +85,9 @@ def test_scores_agree_on_average_and_are_no_chance(found) -> None:
         gaps = [np.subtract(f["auc"], GOLDEN[name][penalty]["auc"]) for name, f in found.items()]
         assert abs(np.mean(gaps)) < 0.005 and np.abs(gaps).mean() < 0.015, (penalty, gaps)
     assert np.mean([f["auc"][-1] for f in found.values()]) > 0.63  # real features: something to agree on
-    assert all(f["auc"][-1] > f["auc"][0] for f in found.values())
+    # In the mean: which way one data set goes hangs on the SAE, which each rebuild trains anew, where the labels are
+    # near chance (truth of an answer), while 16 latents must know more than one over all sets.
+    assert np.mean([f["auc"][-1] - f["auc"][0] for f in found.values()]) > 0.05
 
 
 def test_pinned_their_split_lets_prompts_of_train_into_test(found, codes) -> None:
