@@ -315,6 +315,7 @@ def open_client(
     name: str,
     *,
     replies: Path | None = None,
+    known: Path | None = None,
     max_tokens: int | None = None,
     max_cost_usd: float | None = None,
     ledger: Ledger | None = None,
@@ -323,7 +324,7 @@ def open_client(
     **options: Any,
 ) -> CachedClient:
     """The client ``autointerp/clients/<name>.py`` with ``options``, or ``backend``, one that is open, behind the reply
-    cache file ``replies`` (``results/replies.sqlite``; None = no cache)."""
+    cache file ``replies`` (``results/replies.sqlite``; None = no cache); ``known``: see :class:`ReplyCache`."""
     from sae.plugins import find
 
     if backend is None:
@@ -332,5 +333,5 @@ def open_client(
             require(replies is not None, "the replay client needs the file of replies to answer from")
             options["replies"] = replies
         backend = plugin(**options)
-    cache = ReplyCache(replies, keep_requests=keep_requests) if replies is not None else None
+    cache = ReplyCache(replies, keep_requests=keep_requests, known=known) if replies is not None else None
     return CachedClient(backend, cache, ledger=ledger, max_tokens=max_tokens, max_cost_usd=max_cost_usd)

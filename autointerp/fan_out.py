@@ -1,11 +1,13 @@
 """Explain and score in parts of so many latents, here, in processes or on Ray; the engine changes no result.
 
 A part is the same whatever the engine and the number of workers, and all that it draws hangs on (seed, SAE, latent,
-purpose); parts are put together in the order of the latents. Workers share the reply cache, a sqlite file in
-write-ahead mode: they must run on one machine, or each machine needs a root of its own.
+purpose); parts are put together in the order of the latents. Processes of one machine share the reply cache; other
+machines of a Ray cluster have files of their own (:mod:`autointerp.shared_replies`).
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import ScoreJob, Scorer, ScoreResult
 from autointerp.ledger import LedgerEntry, LedgerKey
 from autointerp.pipeline import OutputTokens, explain_part
+from autointerp.shared_replies import gathered
 from autointerp.workplace import Workplace, exemplar_table, needs_of, opened
 from sae.engines import EngineName, Failure, failure_of, run_jobs
 from sae.errors import ArtefactError, BudgetExceeded, ConfigError, DataError, NoAnswer, SaescopeError, Unsupported
@@ -174,16 +177,19 @@ class FanOut:
         done: dict[int, Any] = {}
         failed: list[Failure] = []
         gpus = float(self.place.device.startswith("cuda"))
-        for job, result in run_jobs(
-            function, jobs, engine=self.engine, workers=self.workers, threads=self.threads, gpus=gpus
-        ):
-            if not isinstance(result, Failure):
-                result, entries = result
-                _add(self.entries, entries)
-            if isinstance(result, Failure):
-                failed.append(result)
-            else:
-                done[order(job)] = result
+        several = self.engine == "ray" and "RAY_ADDRESS" in os.environ
+        with gathered(self.place.root) if several else nullcontext():
+            for job, result in run_jobs(
+                function, jobs, engine=self.engine, workers=self.workers, threads=self.threads, gpus=gpus,
+                shared=[self.place.root],
+            ):  # fmt: skip
+                if not isinstance(result, Failure):
+                    result, entries = result
+                    _add(self.entries, entries)
+                if isinstance(result, Failure):
+                    failed.append(result)
+                else:
+                    done[order(job)] = result
         if failed:
             first = failed[0]
             kind = _KNOWN.get(first.error, PartsFailed)

@@ -6,6 +6,7 @@ had received.
 """
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -46,11 +47,29 @@ def _unpack(blob: bytes, size: int) -> Any:
     return json.loads(raw.decode("utf-8", "surrogatepass"))
 
 
+def _stored(db: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The whole replies of a file among ``keys``."""
+    found: dict[str, dict[str, Any]] = {}
+    for i in range(0, len(keys), _KEYS_PER_QUERY):
+        part = keys[i : i + _KEYS_PER_QUERY]
+        marks = ",".join("?" * len(part))
+        for key, blob, size in db.execute(f"SELECT key, reply, reply_bytes FROM replies WHERE key IN ({marks})", part):
+            try:
+                found[key] = _unpack(blob, size)
+            except (OSError, ValueError):
+                continue
+    return found
+
+
 class ReplyCache:
     """``ReplyCache(path)``. One object may be used from several threads; several processes may share the file."""
 
-    def __init__(self, path: Path, *, keep_requests: bool = False, must_exist: bool = False) -> None:
-        """``keep_requests`` stores the request beside its reply, for reading; ``must_exist`` for readers.
+    def __init__(
+        self, path: Path, *, keep_requests: bool = False, must_exist: bool = False, known: Path | None = None
+    ) -> None:
+        """``keep_requests`` stores the request beside its reply, for reading; ``must_exist`` for readers. ``known``: a
+        file of replies that nobody writes, read where ``path`` lacks one; ``path`` may then lie on another machine's
+        disk, where a write-ahead log does not work.
 
         Raises :class:`ArtefactError` where the file is not such a cache.
         """
@@ -64,7 +83,7 @@ class ReplyCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(f"PRAGMA journal_mode={'WAL' if known is None else 'DELETE'}")
             self._db.execute("PRAGMA synchronous=NORMAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, LAYOUT_VERSION):
@@ -74,6 +93,10 @@ class ReplyCache:
             self._db.executescript(_TABLES)
             self._db.execute(f"PRAGMA user_version={LAYOUT_VERSION}")
             self._db.commit()
+            self._known = None
+            if known is not None and known.is_file():
+                place = f"{known.resolve().as_uri()}?mode=ro&immutable=1"
+                self._known = sqlite3.connect(place, uri=True, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
             raise ArtefactError(
                 f"cannot use the reply cache {self.path} ({error}); move the file away and run again"
@@ -81,18 +104,10 @@ class ReplyCache:
 
     def get_many(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The stored replies among ``keys``. A damaged reply counts as missing, and is fetched again."""
-        wanted = sorted(set(keys))
-        found: dict[str, dict[str, Any]] = {}
         with self._lock, self._errors():
-            for i in range(0, len(wanted), _KEYS_PER_QUERY):
-                part = wanted[i : i + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(part))
-                rows = self._db.execute(f"SELECT key, reply, reply_bytes FROM replies WHERE key IN ({marks})", part)
-                for key, blob, size in rows:
-                    try:
-                        found[key] = _unpack(blob, size)
-                    except (OSError, ValueError):
-                        continue
+            found = _stored(self._db, sorted(set(keys)))
+            if self._known is not None:
+                found |= _stored(self._known, sorted(set(keys) - found.keys()))
         return found
 
     def put(self, key: str, reply: Mapping[str, Any], *, request: Mapping[str, Any] | None = None) -> None:
@@ -146,6 +161,24 @@ class ReplyCache:
     def __len__(self) -> int:
         with self._lock, self._errors():
             return int(self._db.execute("SELECT count(*) FROM replies").fetchone()[0])
+
+    def absorb(self, other: Path) -> None:
+        """Take in the replies of another file of the same layout, and delete it. What is here already stays."""
+        with self._lock, self._errors():
+            self._db.execute("ATTACH DATABASE ? AS other", (str(other),))
+            for table in ("replies", "clients"):
+                self._db.execute(f"INSERT OR IGNORE INTO {table} SELECT * FROM other.{table}")
+            self._db.commit()
+            self._db.execute("DETACH DATABASE other")
+        other.unlink(missing_ok=True)
+
+    def copy_to(self, path: Path) -> None:
+        """All replies as they are now, in a file that is complete when it appears."""
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        with self._lock, self._errors():
+            self._db.execute("VACUUM INTO ?", (str(temporary),))
+        os.replace(temporary, path)
 
     def commit(self) -> None:
         """Make everything stored so far safe."""

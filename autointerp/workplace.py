@@ -12,6 +12,7 @@ from autointerp.client import CachedClient, Client, open_client
 from autointerp.exemplars import ExemplarTable
 from autointerp.interfaces import EmbedderLike, ExplainContext, ScoreContext
 from autointerp.ledger import Ledger, load_prices
+from autointerp.shared_replies import reply_files
 from sae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ class Opened:
         place = place or self.place
         lines = place.concurrency if place.client == "openai" else 0
         if lines not in self._clients:
+            replies, known = reply_files(place.root)
             self._clients[lines] = open_client(
-                place.client, replies=place.root / "replies.sqlite", max_tokens=place.max_tokens,
+                place.client, replies=replies, known=known, max_tokens=place.max_tokens,
                 max_cost_usd=place.max_cost_usd, ledger=Ledger(load_prices(place.prices)),
                 backend=_backend(place.client, tuple(self._options(place).items())),
             )  # fmt: skip
@@ -141,7 +143,8 @@ class Opened:
         if place.client == "transformers":
             return {**named, "device": place.device} if place.llm else {"lm": self.lm("float32")}
         if place.client == "replay":
-            return {**named, "replies": place.root / "replies.sqlite", "next_token": place.next_token}
+            own, elsewhere = reply_files(place.root)
+            return {**named, "replies": elsewhere or own, "next_token": place.next_token}
         if place.llm or place.base_url:
             raise ConfigError(f"--client {place.client} takes no --llm or --base-url")
         return {}

@@ -135,6 +135,8 @@ class Measurement:
             return [], "no subject of this run has what it reads"
         if "truth" in evaluation.needs and "truth" not in self.parts:
             return [], "this run has no known dictionary"
+        if "probes" in evaluation.needs and self._probes_of(evaluation) not in self.parts:
+            return [], "this preset has no probe task; bring one with --task-csv"
         if "peers" in evaluation.needs:
             return [s for s in found if self.peers(s)], "no SAE of this run differs from another in its seed alone"
         return found, ""
@@ -188,7 +190,8 @@ class Measurement:
         ]
         with self.log.stage(f"evaluations ({elsewhere.engine}, {elsewhere.workers} workers)") as stage:
             results = run_jobs(
-                elsewhere.measure, jobs, engine=elsewhere.engine, workers=elsewhere.workers, gpus=elsewhere.gpus)
+                elsewhere.measure, jobs, engine=elsewhere.engine, workers=elsewhere.workers, gpus=elsewhere.gpus,
+                shared=[self.root])
             self._collect(stage, ((by_id[j.sae_id], j.evaluation, found) for j, found in results), len(jobs))
 
     def _collect(self, stage: StageLog, results: Iterable[tuple[Subject, str, "Path | Failure"]], n_jobs: int) -> None:

@@ -14,10 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
-from sae.errors import ConfigError, MissingExtra, did_you_mean
+from sae.errors import ConfigError, did_you_mean
+from sae.ray_jobs import import_ray, run_on_ray
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -47,6 +49,7 @@ def run_jobs(
     workers: int = 1,
     threads: int | None = None,
     gpus: float = 0.0,
+    shared: Sequence[Path] = (),
 ) -> Iterator[tuple[Job, Result | Failure]]:
     """Yield (job, result) or (job, :class:`Failure`) for every job, as they finish; every job is yielded once.
 
@@ -54,13 +57,16 @@ def run_jobs(
     fresh processes, to which ``function`` goes by name (a function of a module, or a `functools.partial` of one) and
     whose door must be guarded by ``if __name__ == "__main__"``. ``ray``: one Ray task per job, on the cluster that
     RAY_ADDRESS names, else on one started here with ``workers`` CPUs and stopped at the end; ``function`` may be any.
+    ``shared``: folders that the jobs read and write, which every node of a cluster must see under the same path.
 
     ``threads``: of each worker's matrix products, since their number moves last digits; by default as many as this
     process has, so that results do not hang on the engine. ``gpus``: share of a device that each Ray task asks for.
 
-    A process that dies costs its own job (`worker_lost`). Results must not depend on the order or on each other; what
+    A process that dies costs its own job (`worker_lost`), the death of a node of a cluster none: its jobs are done
+    elsewhere. Results must not depend on the order or on each other; what
     is slow to open is best kept in a `functools.lru_cache` of ``function``'s module, as processes serve many jobs.
-    ConfigError for an unknown engine or no worker, MissingExtra without Ray; both before any job. KeyboardInterrupt
+    ConfigError for an unknown engine, no worker or a cluster that cannot do the work, MissingExtra without Ray; all
+    before any job. KeyboardInterrupt
     stops all.
     """
     if engine not in ENGINES:
@@ -70,8 +76,11 @@ def run_jobs(
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads}")
     if engine == "ray":
-        ray = _import_ray()
-        return _on_ray(ray, function, list(jobs), workers, threads or _own_threads(), gpus)
+        import_ray()
+        return run_on_ray(
+            _with_threads, function, list(jobs), workers=workers, threads=threads or _own_threads(), gpus=gpus,
+            shared=shared, variables=THREAD_VARIABLES, failure=_lost,
+        )  # fmt: skip
     if workers == 1:
         return _here(function, jobs)
     return _in_processes(function, jobs, workers, threads or _own_threads())
@@ -90,6 +99,11 @@ def failure_of(error: BaseException) -> Failure:
     memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
     text = "".join(traceback.format_exception(error))
     return Failure("out_of_memory" if memory else "internal", kind, str(error), text)
+
+
+def _lost(code: Literal["out_of_memory", "worker_lost"] | None, error: BaseException) -> Failure:
+    """What is told of a job that gave no answer; without a code the exception is its own."""
+    return failure_of(error) if code is None else Failure(code, type(error).__name__, str(error))
 
 
 def _guarded(function: Callable[[Any], Any], job: Any) -> Any:
@@ -182,44 +196,3 @@ def _one_by_one(
             except Exception as error:  # e.g. a result that cannot be pickled
                 result = failure_of(error)
         yield job, result
-
-
-# -- Ray --------------------------------------------------------------------------------------------------------------
-def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a library reports nothing home unasked
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtra("ray", "ray") from error
-    return ray
-
-
-def _on_ray(
-    ray: Any, function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, threads: int, gpus: float
-) -> Iterator[tuple[Any, Any]]:
-    started = not ray.is_initialized()
-    if started:
-        address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-    environment = {"env_vars": {name: str(threads) for name in THREAD_VARIABLES}}
-    # no retries: a job that kills its worker would kill each worker that takes it up
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, runtime_env=environment)(_with_threads)
-    try:
-        shared = ray.put(cast(Any, function))
-        waiting = {task.remote(threads, shared, job): job for job in jobs}
-        while waiting:
-            (ready,), _ = ray.wait(list(waiting), num_returns=1)
-            job = waiting.pop(ready)
-            try:
-                result = ray.get(ready)
-            except ray.exceptions.OutOfMemoryError as error:
-                result = Failure("out_of_memory", type(error).__name__, str(error))
-            except ray.exceptions.RayTaskError as error:  # outside the guard: unpickling the job, pickling its result
-                result = failure_of(error)
-            except ray.exceptions.RayError as error:
-                result = Failure("worker_lost", type(error).__name__, str(error))
-            yield job, result
-    finally:
-        if started:
-            ray.shutdown()
