@@ -76,7 +76,7 @@ def build_more_probes(
     from sae.assets import find
 
     prefix, inputs = model_inputs(lm, hookpoint)
-    inputs |= {"more_tasks": more_sha256(), "sae_probes": find("sae_probes").wheel_sha256}
+    inputs |= {"more_tasks": more_sha256(names), "sae_probes": find("sae_probes").wheel_sha256}
     config = {
         "more": list(names), "cap_rows": sizes.cap_rows, "max_tokens": sizes.max_tokens, "seeds": list(sizes.seeds)
     }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from evals.probe_datasets import ProbeTask, RawRow, clean, read_table
 from sae.errors import ConfigError, did_you_mean
-from sae.manifest import sha256_file
+from sae.manifest import canonical_json, sha256_text
 
 MORE_FILE = Path(__file__).with_name("more_probe_tasks.json")
 EVERY = "sae_probes"
@@ -28,9 +28,10 @@ def more_table() -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in entries}
 
 
-def more_sha256() -> str:
-    """Hash of the data file, for keys."""
-    return sha256_file(MORE_FILE)
+def more_sha256(names: Sequence[str]) -> str:
+    """Hash of what the data file says of the rows of these tasks, for keys."""
+    entries = [{k: v for k, v in more_table()[name].items() if k != "shares"} for name in names]
+    return sha256_text(canonical_json(entries))
 
 
 def named(asked: Sequence[str]) -> tuple[str, ...]:
