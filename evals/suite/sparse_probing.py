@@ -28,6 +28,7 @@ KS = (1, 2, 5, 16, 64)
 HEADLINE_KS = (1, 5, 16)
 KS_OF = {"quick": HEADLINE_KS, "tiny": (1, 5), "paper": KS}
 SHUFFLED_K = 5
+SHUFFLED = "floor_shuffled_auc"
 MAX_RESAMPLES = 2_000
 SOURCE = "protocol of sae-probes (arXiv 2502.16681), on cleaned tasks; METRICS F"
 BY_GROUP = "Interval: groups of prompts inside each task."
@@ -68,9 +69,9 @@ METRICS = (
     *(metric for k in KS for metric in _of_k(k)),
     *(_metric(f"auc_k{k}_ci_task", f"Probe AUC, k = {k}, other tasks", "higher",
               f"auc_k{k}. Interval: tasks, resampled by family.") for k in HEADLINE_KS),
-    _metric("floor_shuffled_auc", "Floor: shuffled labels", "neither",
-            f"auc_k{SHUFFLED_K} with the labels of train shuffled before latents are chosen; 0.5 is chance. "
-            + BY_GROUP),
+    _metric(SHUFFLED, "Floor: shuffled labels", "neither",
+            f"auc_k{SHUFFLED_K} with the labels of train shuffled before latents are chosen; 0.5 is chance. Interval: "
+            "tasks, each with a shuffle of its own, which moves it more than the prompts do."),
     _metric("dense_auc", "Ceiling: dense probe", "neither",
             "Test AUC of an L2 logistic probe on all channels. " + BY_GROUP),
 )  # fmt: skip
@@ -93,7 +94,7 @@ class SparseProbing:
 
     name = "sparse_probing"
     title = "k-sparse probing"
-    version = 1
+    version = 2
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"probes"})
     uses = frozenset({"sparse"})
@@ -230,7 +231,7 @@ def _entry_values(e: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
     for name, logit in e.logits.items():
         auc = weighted_auc(logit, e.label, e.unit, weights)
         kind, _, k = name.rpartition("_")
-        metric = {"shuffled": "floor_shuffled_auc", "dense": "dense_auc"}.get(name)
+        metric = {"shuffled": SHUFFLED, "dense": "dense_auc"}.get(name)
         found[metric or (f"floor_{kind}_auc_{k}" if kind else f"auc_{name}")] = auc
         if metric or kind:
             continue
@@ -273,7 +274,12 @@ def _add_rows(
         return
     n = sum(groups.values())
     for metric in (m.name for m in METRICS):
-        if metric in next(iter(values.values())):
+        if metric == SHUFFLED:
+            of_tasks = [float(v[metric][0]) for v in values.values()]
+            rows.add(metric, uncertainty.mean(
+                of_tasks, rng(ctx.seed, "sparse_probing", SHUFFLED), resamples=uncertainty.resamples_of(ctx.preset),
+                n_failed=n_failed), split="heldout")  # fmt: skip
+        elif metric in next(iter(values.values())):
             mean = np.mean([of_task[metric] for of_task in values.values()], axis=0)
             rows.add(metric, uncertainty.summarise(float(mean[0]), mean[1:], n, n_failed), split="heldout")
     for metric in shown:

@@ -38,7 +38,7 @@ def channels(kind=Channels):
     return kind(INFO)
 
 
-def planted_probes(tmp_path, *, signal=3.0, seeds=(0,), failures=None):
+def planted_probes(tmp_path, *, signal=3.0, seeds=(0,), failures=None, n_train=N // 8):
     """Three tasks in two families; channel 5 + t carries the label of task t."""
     draw = np.random.default_rng(0)
     names = ["one", "two", "three"]
@@ -50,7 +50,7 @@ def planted_probes(tmp_path, *, signal=3.0, seeds=(0,), failures=None):
     records = []
     for t in range(3):
         for seed in seeds:
-            sides = np.random.default_rng(seed).permutation(N // 4) < N // 8
+            sides = np.random.default_rng(seed).permutation(N // 4) < n_train
             side = np.where(sides[groups[:N]], "train", "test")
             records += [(t, seed, side[i], t * N + i) for i in range(N)]
     meta = {
@@ -94,7 +94,7 @@ def test_the_carrying_channel_is_found(tmp_path):
     gain = rows["floor_random_directions"].value - rows["probe_loss"].value
     assert rows["gain_vs_random"].value == pytest.approx(gain)
     # the planted channel is all there is to know, so nothing is lost against the dense probe
-    assert rows["gap_closed"].value > 0.9
+    assert rows["gap_closed_pooled"].value > 0.9
     assert rows["dense_loss"].value < rows["floor_random_directions"].value
     assert rows["probe_loss_ci_task"].n == 2 and rows["probe_loss_family_mean"].n == 2
     tasks = [by_metric(result, f"task={t}")["probe_loss"] for t in ("one", "two", "three")]
@@ -129,6 +129,33 @@ def test_same_bytes_twice_and_shared_parts_once(tmp_path):
         texts.append((tmp_path / name / "rows.jsonl").read_bytes())
     assert texts[0] == texts[1]
     assert len(shared) == 2  # the dense ceiling and the random floor
+
+
+def test_one_task_without_a_gap_does_not_rule_the_share_that_is_closed():
+    """A mean of ratios gave -.25 to random directions against themselves: a task with a gap of .015 nats weighed -3.3
+    of 12. A ratio of sums cannot, and is 0 for what gains nothing and 1 for what reaches the dense probe."""
+    draw = np.random.default_rng(1)
+
+    def task(random, dense, gain):
+        noise = draw.normal(0, 0.002, 200)
+        return {"gain_vs_random": np.full(200, gain) + noise, "floor_random_directions": np.full(200, random),
+                "dense_loss": np.full(200, dense)}
+
+    wide = [task(0.65, 0.35, 0.0) for _ in range(11)]
+    found = probe_loss.pooled_gap([*wide, task(0.673, 0.658, -0.05)], 100, 0)
+    assert abs(found.value) < 0.03 and found.ci_low <= found.value <= found.ci_high
+    assert probe_loss.pooled_gap([task(0.6, 0.3, 0.3)] * 2, 10, 0).value == pytest.approx(1.0, abs=0.05)
+    assert probe_loss.pooled_gap([task(0.6, 0.595, 0.1)], 10, 0).failure == "no_effect"
+    assert probe_loss.pooled_gap([], 0, 3).failure == "too_few_rows"
+
+
+def test_n_counts_the_groups_of_the_side_that_was_resampled(tmp_path):
+    probes = planted_probes(tmp_path, n_train=20)
+    rows = by_metric(PLUGIN.run(context(tmp_path, channels(), probes)))
+    group = probes.rows.group.to_numpy()
+    for metric, side in (("probe_loss", "test"), ("probe_loss_insample", "train")):
+        assert rows[metric].n == sum(len(np.unique(group[getattr(s, side)])) for s in probes.splits)
+    assert rows["probe_loss"].n != rows["probe_loss_insample"].n  # else this test tells nothing
 
 
 def test_tasks_without_enough_rows_are_reported_not_imputed(tmp_path):

@@ -42,7 +42,7 @@ def test_values_do_not_depend_on_the_blocks(monkeypatch):
     whole = task_values(entries, iter([weights_at_once(units, np.random.default_rng(1), 400)]))
     monkeypatch.setattr(probe_units, "BLOCK_NUMBERS", 30 * 7)
     found = task_values(entries, group_weights(units, np.random.default_rng(1), 400))
-    assert found.keys() == whole.keys() and {*LOSSES, "probe_auc", "gap_closed"} <= found.keys()
+    assert found.keys() == whole.keys() and {*LOSSES, "probe_auc", "gain_vs_random"} <= found.keys()
     for name, values in whole.items():
         assert values.shape == (401,)
         assert np.allclose(found[name], values, rtol=0, atol=1e-12), name
