@@ -14,6 +14,7 @@ import numpy as np
 
 from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
 from evals.gains import Cell, paired_interval
+from evals.uncertainty import MIN_UNITS
 
 State = Literal["front", "dominated", "undecided", ""]
 ONE_POINT = 1.05
@@ -239,14 +240,14 @@ def told_apart(board: Board, a: Cell, b: Cell) -> bool:
     """Does the interval of a - b exclude 0? By draws where they pair, else by whether the two intervals meet.
 
     A value of many units without an interval (the L0 of topk) was the same in all resamples and is taken as exact;
-    one of a single unit has no interval since nothing is known of its error, and is told apart from nothing.
+    one of few units has no interval since too little is known of its error, and is told apart from nothing.
     """
     if a.value == b.value or a.value is None or b.value is None:
         return False
     paired = paired_interval(a, b, board.draws)
     if paired is not None:
         return not paired[0] <= 0 <= paired[1]
-    if any(c.ci_low is None and c.n < 2 for c in (a, b)):
+    if any(c.ci_low is None and c.n < MIN_UNITS for c in (a, b)):
         return False
     return not overlap(*(c if c.ci_low is not None else replace(c, ci_low=c.value, ci_high=c.value) for c in (a, b)))
 

@@ -108,6 +108,40 @@ class Row(SubjectInfo):
         return tuple(getattr(self, f) for f in KEY_FIELDS)
 
 
+TOLERANCE = 1e-9
+"""Of bounds, in the units of the metric: sums are rounded."""
+
+
+def faults(metric: Metric, e: Estimate) -> list[str]:
+    """What cannot be right about finite numbers, in words: a value or an interval out of the metric's declared range, a
+    value out of its own interval, half an interval, an interval of one unit, negative spreads and counts, an interval
+    without width whose resamples do not differ, numbers beside a value that is undefined."""
+    found = []
+    low, high = metric.low - TOLERANCE, metric.high + TOLERANCE
+    if e.value is not None and not low <= e.value <= high:
+        found.append(f"= {e.value} is outside its declared range [{metric.low}, {metric.high}]")
+    if e.stderr is not None and e.stderr < 0:
+        found.append(f"has the negative standard error {e.stderr}")
+    if e.n < 0 or e.n_failed < 0:
+        found.append(f"counts {e.n} units, {e.n_failed} failed")
+    if e.value is None and (e.ci_low, e.ci_high, e.stderr) != (None, None, None):
+        found.append("is undefined but has an interval")
+    if (e.ci_low is None) != (e.ci_high is None):
+        found.append("has half an interval")
+    if e.value is None or e.ci_low is None or e.ci_high is None:
+        return found
+    slack = TOLERANCE * max(1.0, abs(e.value))
+    if not e.ci_low - slack <= e.value <= e.ci_high + slack:
+        found.append(f"= {e.value} is outside its own interval [{e.ci_low}, {e.ci_high}]")
+    if e.ci_low < low or e.ci_high > high:
+        found.append(f"has an interval [{e.ci_low}, {e.ci_high}] beyond its range [{metric.low}, {metric.high}]")
+    if e.ci_low == e.ci_high and not e.stderr:
+        found.append("claims a certainty: its interval has no width")
+    if e.n < 2:
+        found.append(f"has an interval from {e.n} units")
+    return found
+
+
 def make_row(
     info: SubjectInfo,
     eval_name: str,
@@ -124,16 +158,14 @@ def make_row(
     """Check an estimate against its declaration and make the row.
 
     A non-finite number is never written: it becomes `undefined` with failure code `non_finite`.
-    Raises ConfigError if the value lies outside the metric's declared range.
+    Raises ConfigError where the numbers cannot be right (:func:`faults`).
     """
     e = estimate
     numbers = [x for x in (e.value, e.ci_low, e.ci_high, e.stderr) if x is not None]
     if any(not math.isfinite(x) for x in numbers):
         e = Estimate.undefined("non_finite", n=e.n, n_failed=e.n_failed)
-    if e.value is not None and not metric.low - 1e-9 <= e.value <= metric.high + 1e-9:
-        raise ConfigError(
-            f"{eval_name}.{metric.name} = {e.value} is outside its declared range [{metric.low}, {metric.high}]"
-        )
+    if found := faults(metric, e):
+        raise ConfigError(f"{eval_name}.{metric.name} {'; '.join(found)}")
     if e.value is None and not e.failure:
         raise ConfigError(f"{eval_name}.{metric.name}: a missing value needs a failure code")
     status: Status = "ok" if e.value is not None else "failed" if e.failure == "internal" else "undefined"

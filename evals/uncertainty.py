@@ -20,6 +20,10 @@ RESAMPLES = 1_000
 """Of the presets `quick` and `tiny`; `paper` uses PAPER_RESAMPLES."""
 PAPER_RESAMPLES = 10_000
 LEVEL = 0.95
+MIN_UNITS = 6
+"""Of fewer units no 95 % interval is made: even the whole range of five holds their median in 93.8 % of samples only,
+and the percentile bootstrap holds the mean in 51 % (two units) to 84 % (five); of 6 in 81 to 86, 12 in 88 to 91, 36 in
+92 to 94 % (exponential to normal)."""
 MIN_FINITE_SHARE = 0.95
 """An interval needs this share of resamples in which the metric exists."""
 _CHUNK_NUMBERS = 4_000_000
@@ -68,23 +72,23 @@ def _apply(f: SumsFunction, sums: Array) -> Array:
 
 
 def summarise(value: float, resampled_R: Array, n: int, n_failed: int = 0, level: float = LEVEL) -> Estimate:
-    """``value`` with the percentile interval of ``resampled_R``.
+    """``value`` with the percentile interval of ``resampled_R``, stretched to hold a value that resamples pass by.
 
-    No interval is given (ci None, stderr None) when there are fewer than two units, when the metric is undefined in
-    more than 5 % of the resamples, or when it is the same in all of them: a zero-width interval claims a certainty
+    No interval is given (ci None, stderr None) when there are fewer than MIN_UNITS units, when the metric is undefined
+    in more than 5 % of the resamples, or when it is the same in all of them: a zero-width interval claims a certainty
     that the sample does not give.
     """
     finite = resampled_R[np.isfinite(resampled_R)]
     bare = Estimate(value=value, n=n, n_failed=n_failed)
-    if n < 2 or len(finite) < 2 or len(finite) < MIN_FINITE_SHARE * len(resampled_R):
+    if n < MIN_UNITS or len(finite) < 2 or len(finite) < MIN_FINITE_SHARE * len(resampled_R):
         return bare
     stderr = float(np.std(finite, ddof=1))
     if stderr <= 1e-12 * max(abs(value), float(np.abs(finite).max())):
         return bare
     tail = 100 * (1 - level) / 2
-    low, high = np.percentile(finite, [tail, 100 - tail])
-    return Estimate(value=value, ci_low=float(low), ci_high=float(high), stderr=stderr, n=n, n_failed=n_failed,
-                    draws=resampled_R)  # fmt: skip
+    low, high = (float(bound) for bound in np.percentile(finite, [tail, 100 - tail]))
+    return Estimate(value=value, ci_low=min(low, value), ci_high=max(high, value), stderr=stderr, n=n,
+                    n_failed=n_failed, draws=resampled_R)  # fmt: skip
 
 
 def function_of_sums(

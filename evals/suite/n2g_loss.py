@@ -100,11 +100,11 @@ def recovered(
     """Σ saved / Σ worth over documents, worth = CE_0 - CE_a summed over the n scored tokens of each.
 
     Undefined with code `no_effect` unless the interval of the worth per token lies above 0: a share of nothing is noise
-    (METRICS D). `too_few_rows` where one document gives no interval.
+    (METRICS D). `too_few_rows` where the documents are too few for an interval.
     """
     worth = loss_of_subset(worth_U, n_U, seed, resamples)
     if worth.value is None or worth.ci_low is None or worth.ci_low <= 0:
-        code = worth.failure or ("too_few_rows" if len(n_U) < 2 else "no_effect")
+        code = worth.failure or ("too_few_rows" if len(n_U) < uncertainty.MIN_UNITS else "no_effect")
         return Estimate.undefined(code, n=len(n_U), n_failed=n_failed)
 
     def share(s: Floats) -> Floats:

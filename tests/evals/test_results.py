@@ -57,6 +57,27 @@ def test_a_value_out_of_its_range_or_without_a_reason() -> None:
         row(None)
 
 
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"value": 0.95, "ci_low": 0.67, "ci_high": 0.91, "n": 20}, "outside its own interval"),
+    ({"value": 0.9, "ci_low": 0.8, "ci_high": 1.02, "n": 20}, "beyond its range"),
+    ({"value": 0.5, "ci_low": 0.6, "ci_high": 0.4, "n": 20}, "outside its own interval"),
+    ({"value": 0.5, "ci_low": 0.5, "ci_high": 0.5, "n": 20}, "no width"),
+    ({"value": 0.5, "ci_low": 0.4, "n": 20}, "half an interval"),
+    ({"value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": 1}, "from 1 units"),
+    ({"value": 0.5, "stderr": -0.1, "n": 20}, "negative standard error"),
+    ({"value": 0.5, "n": -1}, "counts -1 units"),
+    ({"value": None, "failure": "one_class", "ci_low": 0.1, "ci_high": 0.2, "n": 20}, "undefined but has an interval"),
+])
+def test_numbers_that_cannot_be_right_are_no_row(fields: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        row(**fields)
+
+
+def test_numbers_that_may_look_odd_are_a_row() -> None:
+    assert row(1.0, ci_low=0.9, ci_high=1.0 + 1e-12, stderr=0.1, n=6).status == "ok"  # rounding
+    assert row(0.5, ci_low=0.5, ci_high=0.5, stderr=0.01, n=99).status == "ok"  # a quantile of whole numbers
+
+
 def test_undeclared_metrics_and_doubles(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'other'"):
         write_rows(tmp_path, [replace(row(), metric="other")], [METRIC])

@@ -115,6 +115,27 @@ def test_degenerate_input_has_no_interval() -> None:
     assert u.mean([1.0, math.inf], rng(0)).value is None
 
 
+def test_few_units_have_no_interval() -> None:
+    """The percentile interval of two units is their range, which holds the truth in half of all samples."""
+    for n in range(2, 9):
+        estimate = u.mean(rng("few", n).normal(size=n), rng(0))
+        assert (estimate.ci_low is not None) == (estimate.stderr is not None) == (n >= u.MIN_UNITS)
+    held = sum(_covered(u.mean(r.normal(size=u.MIN_UNITS), r, resamples=400), 0.0)
+               for r in (rng("few units", trial) for trial in range(400)))  # fmt: skip
+    assert held / 400 >= 0.82
+    a, b = (np.stack([rng(i).normal(size=4), np.ones(4)], axis=1) for i in range(2))
+    for difference in (u.paired_difference, u.unpaired_difference):
+        found = difference(a, b, u.mean_of_sums, rng(0))
+        assert found.estimate.value is not None and found.estimate.ci_low is None and found.p is None
+
+
+def test_an_interval_holds_its_value() -> None:
+    """A biased statistic: the largest of the units is never passed by a resample."""
+    resampled = np.linspace(0.0, 0.9, 1000)
+    estimate = u.summarise(1.0, resampled, n=50)
+    assert estimate.ci_high == 1.0 and estimate.ci_low == pytest.approx(0.0225, abs=1e-3)
+
+
 def test_a_metric_undefined_in_many_resamples_has_no_interval() -> None:
     estimate = u.ratio([1.0] + [0.0] * 9, [1.0] + [0.0] * 9, rng(0))
     assert estimate.value == 1.0 and estimate.ci_low is None
