@@ -195,7 +195,11 @@ def check_needs(plugin: Any, ctx: ExplainContext | ScoreContext, *, but: frozens
     """:class:`Unsupported`, naming the plug-in and what it lacks, before any work is done. ``but``: may be lacking."""
     missing = missing_needs(plugin.needs - but, ctx)
     if missing:
+        ways = ["leave this plug-in out"]
+        if missing == ["embedder"]:
+            ways.insert(0, "give one (--embedder default; of run_all: --interp.embedder default)")
+        elif any(need.startswith("client:") for need in missing):
+            ways.insert(0, "choose another client")
         raise Unsupported(
-            f"{plugin.name!r} needs {', '.join(missing)}, which this run does not have; "
-            "choose another client or leave this plug-in out"
+            f"{plugin.name!r} needs {', '.join(missing)}, which this run does not have; {' or '.join(ways)}"
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evals import leaderboard
+from evals.checks import check_before_loading
 from evals.interp import Interpretation
 from evals.measure import Elsewhere, select
 from evals.more_probes import check_tasks
@@ -16,7 +17,7 @@ from evals.run_log import RunLog
 from evals.stages import Pipeline, free_disk_gb, lm_description
 from evals.worker import measure
 from evals.world import all_subjects, make_measurement
-from sae import console, plugins
+from sae import console
 from sae.config import to_dict
 from sae.errors import ConfigError
 
@@ -28,9 +29,7 @@ SPARE_DISK_GB = 0.5
 def run_job(cfg: RunConfig) -> int:
     """Run everything that is not yet there; returns 0, or 1 if a task failed and the others went on."""
     evaluations = select(cfg.evals, cfg.preset)
-    for architecture in cfg.architectures if not cfg.sae else ():
-        if plugins.find("sae.architectures", architecture).transcodes:
-            raise ConfigError(f"{architecture!r} reconstructs another activation: the evaluations are for autoencoders")
+    check_before_loading(cfg)
     log = RunLog(root=cfg.root, preset=cfg.preset, key=cfg.key(), config=to_dict(cfg))
     stages = Pipeline(cfg, log)
     with log.stage("load language model") as stage:

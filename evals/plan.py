@@ -5,7 +5,8 @@ model's own shape, in the type that will be used. D = d_in, F = d_sae, P = param
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from autointerp.embedding_near import POOL_WINDOWS
 from autointerp.estimate import planned, total
 from autointerp.ledger import load_prices
 from autointerp.vllm_engine import engines_planned
+from evals.checks import applicable, check_before_loading, check_context, hookpoint_of
 from evals.effects import T_POSITIONS
-from evals.measure import select
 from evals.run_config import RunConfig
 from evals.stages import free_disk_gb
-from sae import console
+from sae import console, loading
+from sae.base import SAE
 from sae.errors import ConfigError
 from sae.language_model import LanguageModel, default_dtype
 from sae.tokens import SPLITS
@@ -89,12 +91,15 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
     n_saes = len(cfg.sae) or len(cfg.train_configs())
     if not cfg.sae:
         lines.append(_train_line(cfg, d_in, speed32))
-    lines.extend(_interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s, lm.tokenizer))
-    if cfg.effect_windows and any("scores" in e.needs for e in select(cfg.evals, cfg.preset)):
+    evaluations, _ = applicable(cfg)
+    needs = frozenset().union(*(e.needs for e in evaluations))
+    found = _interp_lines(cfg, n_saes + 1, lower_s, lower32_s + upper_s, lm.tokenizer)
+    lines.extend(p for p in found if "scores" in needs or ("interp" in needs and p.stage == "latents"))
+    if cfg.effect_windows and "scores" in needs:
         n = n_saes * cfg.interp.latents * cfg.effect_windows
         passed = n * (cfg.tokens.context_tokens // 2 + 2 * T_POSITIONS)
         lines.append(PlanLine("effects", passed * upper_s, f"{n} windows, {passed:,} tokens above the hookpoint"))
-    for evaluation in select(cfg.evals, cfg.preset):
+    for evaluation in evaluations:
         lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
     if cfg.random_model:
         lines.append(_random_model_line(lines, n_saes))
@@ -179,7 +184,8 @@ def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
     """Peak resident memory: interpreter and libraries, LM, SAEs with gradients and Adam, one encoded block."""
     n_parameters = sum(p.numel() for p in lm.model.parameters())
     lm_bytes = n_parameters * (4 if lm.dtype == torch.float32 else 4 + lm.dtype.itemsize)  # losses want float32 too
-    saes = (len(cfg.sae) or len(cfg.train_configs())) * 2 * d_in * cfg.train.d_sae * 4 * 4
+    copies = 1 if cfg.sae else 4  # what is not trained has no gradients and no moments
+    saes = (len(cfg.sae) or len(cfg.train_configs())) * 2 * d_in * cfg.train.d_sae * 4 * copies
     block = 3 * cfg.train.batch_tokens * cfg.train.d_sae * 4
     logits = 2 * 1024 * lm.vocab_size * 4
     mapped = 2 * d_in * sum(cfg.tokens.split_tokens(s) for s in SPLITS)  # pages of the stores that were read
@@ -199,11 +205,24 @@ def _cost_text(cfg: RunConfig, tokenizer: Any) -> str:
     return f"{model}: {whole.requests:,} requests, {tokens}, {whole.cost_usd(prices[model]):.2f} US dollars at most"
 
 
+def _sized(cfg: RunConfig, given: Sequence[SAE]) -> RunConfig:
+    """With the width and k of the largest SAE given, where some are: what is not trained is estimated as it is."""
+    if not given:
+        return cfg
+    largest = max(given, key=lambda sae: sae.d_sae)
+    k = largest.cfg.k if largest.cfg.k is not None else min(cfg.train.k or 64, largest.d_sae)
+    return replace(cfg, train=replace(cfg.train, d_sae=largest.d_sae, k=k))
+
+
 def print_plan(cfg: RunConfig) -> None:
     """Print the plan; reads the model (seconds), computes nothing else."""
     engines = engines_planned(cfg.interp.replicas, cfg.interp.engine_options()) if cfg.interp.client == "vllm" else ""
+    check_before_loading(cfg)
+    given = [loading.load(path) for path in cfg.sae]
     lm = LanguageModel.load(cfg.model, dtype=default_dtype(cfg.device), device=cfg.device)
-    hookpoint = cfg.hookpoint or lm.default_hookpoint()
+    check_context(cfg, lm)
+    hookpoint = hookpoint_of(cfg, lm, given)
+    cfg = _sized(cfg, given)
     d_in = lm.check_hookpoint(hookpoint)
     lines = make_plan(cfg, lm, hookpoint, d_in)
     rows = [

@@ -16,13 +16,13 @@ from autointerp.exemplars import ExemplarTable, build_exemplars, sample_latents
 from autointerp.latent_cache import LatentCache, build_latents_many
 from autointerp.records import INTERP_SPLITS
 from evals.base import SAESubject, subject_info
+from evals.checks import check_context, hookpoint_of
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from sae import adapt, checkpoint, inspect, loading
 from sae.activations import ActivationStore, capture_activations
 from sae.base import SAE, random_like
 from sae.config import SubjectMeta, to_dict
-from sae.errors import ConfigError
 from sae.language_model import LanguageModel, default_dtype
 from sae.manifest import is_complete, sha256_file, writing
 from sae.tokens import TokenSet, build_tokens, drop_ids
@@ -58,19 +58,9 @@ class Pipeline:
 
     @cached_property
     def hookpoint(self) -> str:
-        given = self.given_saes
-        if self.cfg.hookpoint:
-            hookpoint = self.cfg.hookpoint
-        elif given and given[0].cfg.meta is not None:
-            hookpoint = given[0].cfg.meta.hookpoint
-        elif given:
-            raise ConfigError(f"{given[0].sae_id}: its file does not say where it reads; give --hookpoint")
-        else:
-            hookpoint = self.lm().default_hookpoint()
-        width = self.lm().check_hookpoint(hookpoint)
-        for sae in given:
-            self._check_sae(sae, hookpoint, width)
-        return hookpoint
+        """Where the run measures; the model reads rows of this length, the SAEs given fit it (:mod:`evals.checks`)."""
+        check_context(self.cfg, self.lm())
+        return hookpoint_of(self.cfg, self.lm(), self.given_saes)
 
     @cached_property
     def given_saes(self) -> list[SAE]:
@@ -81,32 +71,6 @@ class Pipeline:
     def given_folders(self) -> list[Path]:
         """Native folders of the SAEs named with --sae; those of other formats are imported below saes/."""
         return [loading.import_into(self.root, path) for path in self.cfg.sae]
-
-    def _check_sae(self, sae: SAE, hookpoint: str, width: int) -> None:
-        lm = self.lm()
-        if sae.transcodes:
-            self._check_target(sae)
-        if sae.d_in != width:
-            raise ConfigError(
-                f"{sae.sae_id} reads {sae.d_in} channels, but {hookpoint} of {lm.name} has {width}; "
-                "give the model and hookpoint that it was trained on (--model, --hookpoint)"
-            )
-        meta = sae.cfg.meta
-        if meta is not None and meta.hookpoint != hookpoint:
-            raise ConfigError(f"{sae.sae_id} was trained at {meta.hookpoint}, the run measures {hookpoint}")
-        if meta is not None and meta.lm_revision not in (loading.UNKNOWN, lm.revision):
-            raise ConfigError(
-                f"{sae.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), the run loads {lm.name} "
-                f"({lm.revision[:12]}); give the right --model"
-            )
-
-    def _check_target(self, sae: SAE) -> None:
-        """What a transcoder predicts must be an activation of this model, of the width that it gives."""
-        out = sae.cfg.meta.hookpoint_out if sae.cfg.meta is not None else None
-        if "intervention" in self.cfg.interp.scorers:
-            raise ConfigError(f"{sae.sae_id} is a transcoder: the scorer 'intervention' pushes what an SAE reads")
-        if out is not None and (width := self.lm().check_hookpoint(out)) != sae.cfg.d_out:
-            raise ConfigError(f"{sae.sae_id} predicts {sae.cfg.d_out} channels, but {out} of the model has {width}")
 
     # -- tokens and activations ---------------------------------------------------------------------------------
     @cached_property

@@ -51,7 +51,7 @@ def make_measurement(
 ) -> Measurement:
     """What all pairs of a run share; stores, prompts and scores are made when an evaluation first asks for them."""
     made: dict[str, Any] = {}
-    truth = cfg.truth
+    truth, sizes = cfg.truth, ProbeConfig.of_preset(cfg.preset, own=cfg.task_csv)
 
     def stores() -> dict[str, Any]:
         splits = ("test", *INTERP_SPLITS)
@@ -64,7 +64,7 @@ def make_measurement(
                     cfg.root,
                     stages.lm(),
                     stages.hookpoint,
-                    ProbeConfig.of_preset(cfg.preset, own=cfg.task_csv),
+                    sizes,
                     force=cfg.force,
                 )
                 stage.finish([made["probes"].folder])
@@ -81,7 +81,8 @@ def make_measurement(
         seed=cfg.seed,
         hookpoint=stages.hookpoint,
         log=log,
-        parts={"stores": stores, "probes": probes, "train_text": lambda: stages.tokens["train"]}
+        parts={"stores": stores, "train_text": lambda: stages.tokens["train"]}
+        | ({"probes": probes} if sizes.tasks or sizes.own else {})
         | ({"truth": lambda: Truth.open(truth)} if truth else {})
         | ({"more_probes": more_probes} if cfg.tasks else {}),
         pretraining=Pretraining(

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import re
@@ -80,6 +81,17 @@ def source_key(source: str) -> str:
     # Paths below the folder, as two subfolders may hold files of one name.
     named = {(p.relative_to(root).as_posix() if p != root else p.name): sha256_file(p) for p in files}
     return key_of("texts", 1, named)
+
+
+def source_exists(source: str) -> None:
+    """:class:`ConfigError` for a path that is not there or of no known kind, or a data set's name of another form,
+    :class:`MissingExtra` where data sets cannot be read. Reads nothing."""
+    if source.startswith("hf:"):
+        _parse_hub(source)
+        if importlib.util.find_spec("datasets") is None:
+            raise MissingExtra("datasets", "hub")
+    elif source != "default":
+        text_files(source)
 
 
 def _kind(path: Path) -> str | None:

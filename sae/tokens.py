@@ -3,6 +3,7 @@
 B rows, L tokens per row; flat index n = row * L + position.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,13 @@ from sae.texts import Document, iter_documents, source_key
 SPLITS = ("train", "explain", "calibrate", "score", "test")
 TOKENS_VERSION = 1
 TOKENIZE_BATCH = 256
+ENOUGH = 0.75
+"""A split with a smaller share of the tokens asked for is warned of."""
+_ABOUT_TXT = (
+    "; a .txt file is one document, a long one is cut at blank lines every 20,000 characters: "
+    'write each document as a line {"text": "..."} of a .jsonl file'
+)
+logger = logging.getLogger(__name__)
 
 
 def split_of(text: str, seed: int = 0) -> str:
@@ -248,6 +256,7 @@ def build_tokens(
         packers = _pack(cfg, tokenizer, prefix)
         found = {s: p.finish() for s, p in packers.items()}
         _require_rows(cfg, packers, found)
+        _warn_of_short_splits(cfg, found)
         for split, (rows, starts, sources) in found.items():
             _write(folders[split], keys[split], configs[split], rows, starts, sources, len(tokenizer))
     return {s: TokenSet.open(f) for s, f in folders.items()}
@@ -260,8 +269,18 @@ def _require_rows(cfg: TokensConfig, packers: dict[str, _Packer], found: dict[st
         raise DataError(
             f"the text {cfg.text!r} leaves the split(s) {', '.join(short)} without one row of "
             f"{cfg.context_tokens} tokens (documents by split: {counts}); give more documents "
-            "(about 1 in 20 goes to each small split) or a smaller --tokens.context-tokens"
+            "(2 % of them go to the smallest split) or a smaller --tokens.context-tokens"
+            + (_ABOUT_TXT if ".txt" in cfg.text.lower() else "")
         )
+
+
+def _warn_of_short_splits(cfg: TokensConfig, found: dict[str, Any]) -> None:
+    """The run goes on with what there is: fewer units, wider intervals."""
+    got = {s: len(rows) * cfg.context_tokens for s, (rows, _, _) in found.items()}
+    short = [s for s in SPLITS if got[s] < ENOUGH * cfg.split_tokens(s)]
+    if short:
+        told = ", ".join(f"{s} {got[s]:,} of {cfg.split_tokens(s):,}" for s in short)
+        logger.warning("%s ended before its splits were full (tokens: %s); more text fills them", cfg.text, told)
 
 
 def _write(

@@ -39,7 +39,7 @@ class BatchClient:
     ) -> None:
         """Options as for the ``openai`` client. :class:`ConfigError` without a model."""
         if not model:
-            raise ConfigError("the batch client needs the name of a model; add --llm NAME")
+            raise ConfigError("the batch client needs the name of a model; add --llm NAME (of run_all: --interp.llm)")
         self.folder, self.structured, self.reasoning = Path(folder), structured, reasoning
         self.tokenizer: Any = None
         self.identity = Identity(endpoint="openai", model=model, revision=revision)

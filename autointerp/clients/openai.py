@@ -84,7 +84,7 @@ class OpenAIClient:
         except ImportError:
             raise MissingExtra("openai", "openai") from None
         if not model:
-            raise ConfigError("the openai client needs the name of a model; add --llm NAME")
+            raise ConfigError("the openai client needs the name of a model; add --llm NAME (of run_all: --interp.llm)")
         check_base_url(base_url)
         require(concurrency >= 1 and timeout_s > 0, "--concurrency and --timeout-s must be positive")
         if not base_url and not os.environ.get("OPENAI_BASE_URL") and not os.environ.get(KEY_VARIABLE):

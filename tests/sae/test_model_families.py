@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tiny import byte_tokenizer
 
 from sae.errors import ConfigError, Unsupported
 from sae.language_model import LanguageModel
 from sae.unembedding import Unembedding
-from tests.support.tiny import byte_tokenizer
 
 IDS = {"vocab_size": 259, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SIZES = {

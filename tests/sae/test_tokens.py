@@ -150,6 +150,21 @@ def test_too_little_text_says_how_much_there_was(tmp_path: Path) -> None:
     assert "--tokens.context-tokens" in str(caught.value) and not list(tmp_path.glob("tokens/*"))
 
 
+def test_a_txt_file_of_one_document_says_how_to_write_more(tmp_path: Path) -> None:
+    path = tmp_path / "all.txt"
+    path.write_text("\n".join(texts()), encoding="utf-8")
+    with pytest.raises(DataError, match=r'a \.txt file is one document.*\{"text": "\.\.\."\} of a \.jsonl'):
+        build_tokens(tmp_path, TokensConfig(text=str(path), **SMALL), "lm", byte_tokenizer())
+
+
+def test_a_text_that_ends_early_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "t.jsonl", texts())
+    build_tokens(tmp_path, TokensConfig(text=path, **SMALL), "lm", byte_tokenizer())
+    assert not caplog.records
+    build_tokens(tmp_path, TokensConfig(text=path, **SMALL | {"test_tokens": 8_000}), "lm", byte_tokenizer())
+    assert "of 8,000" in caplog.text and "train" not in caplog.text.rpartition("(tokens:")[2]
+
+
 def wordy(*, adds_bos: bool = False, **special: str) -> PreTrainedTokenizerFast:
     names = ["<|endoftext|>", "<s>", "</s>", "a", "[MASK]", "<unk>"]
     vocabulary = {n: i for i, n in enumerate(names)}
