@@ -96,7 +96,8 @@ def write_row_folder(
             estimate = Estimate.undefined(found, n=0, n_failed=3)
         else:
             value, half = found
-            estimate = Estimate(value=value, ci_low=value - half, ci_high=value + half, stderr=half / 1.96, n=120)
+            interval = {"ci_low": value - half, "ci_high": value + half, "stderr": half / 1.96} if half else {}
+            estimate = Estimate(value=value, n=120, **interval)  # the L0 of topk is the same in all resamples
         rows.append(
             make_row(
                 subject,
