@@ -10,6 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -308,7 +309,8 @@ def _add_pooled(
     if both:
         a, b = (np.array([sums[i] for i in both], dtype=np.float64) for sums in (true, floor))
         found = uncertainty.paired_difference(a, b, _precision, draw(), resamples=resamples, code=reason)
-        rows.add("gain_precision", found.estimate, slice=name, split="score")
+        estimate = replace(found.estimate, n_failed=len(cells) - len(both))
+        rows.add("gain_precision", estimate, slice=name, split="score")
 
 
 def _add_groups(

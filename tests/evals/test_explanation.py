@@ -1,6 +1,7 @@
 """Explanation scores as rows: pooled precision, paired gains over the shuffled floor, selection, failures, judges."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,11 @@ def test_precision_gain_is_paired(monkeypatch):
     rows = rows_of(evaluate(scores, [text(i) for i in range(8)], monkeypatch))
     assert rows["floor_precision"].value == pytest.approx(0.01)  # a coin is right as often as the latent is active
     assert rows["gain_precision"].value == pytest.approx(rows["precision"].value - 0.01)
+    gone = {"value": None, "null_reason": "one_class"}
+    lost = [replace(s, **gone) if (s.latent, s.metric) == (7, "phi") else s for s in scores]
+    rows = rows_of(evaluate(lost, [text(i) for i in range(8)], monkeypatch))
+    for metric in ("precision", "floor_precision", "gain_precision"):  # it had counted the gain's loss as none
+        assert (rows[metric].n, rows[metric].n_failed) == (7, 1), metric
 
 
 def test_failures_are_counted_and_never_zero(monkeypatch):

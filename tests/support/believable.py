@@ -102,7 +102,7 @@ def _agreement(evaluation: str, rows: pd.DataFrame) -> list[str]:
         whole, parts = part[part.slice == ""], part[part.slice.str.startswith(prefix)]
         if len(whole) == 1 and len(parts) and not whole.n_failed.iloc[0] and not parts.n_failed.any():
             if abs(parts.value.mean() - whole.value.iloc[0]) > DIGITS:
-                found.append(f"{metric} {whole.value.iloc[0]} is not {parts.value.mean()}, the mean over {prefix[:-1]}s")
+                found.append(f"{metric} {whole.value.iloc[0]} is not {parts.value.mean()}, the mean of {prefix[:-1]}s")
     return found
 
 
