@@ -5,7 +5,7 @@ share one (METRICS 2). A missing value is a :class:`Cell` without value and with
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,8 +159,8 @@ def _matching(rows: "pd.DataFrame", spec: ColumnSpec) -> "pd.DataFrame":
     wanted = dict(spec.slice)
     if not wanted:
         return found[found["slice"] == ""]
-    fits = [wanted.items() <= slice_parts(s).items() for s in found["slice"]]
-    return found.loc[fits]  # not found[fits]: an empty list there would select no columns
+    fits = {s for s in found["slice"].unique() if wanted.items() <= slice_parts(s).items()}
+    return found[found["slice"].isin(fits)]
 
 
 def _of_one_scorer(found: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str], str]) -> "pd.DataFrame":
@@ -210,15 +210,21 @@ def _columns(rows: "pd.DataFrame", spec: ColumnSpec, weak: dict[tuple[str, str],
     return columns or [Column(spec=spec, id=spec.key, version=0, preset="", slice="", title=spec.title)]
 
 
-def _cell(rows: "pd.DataFrame") -> Cell:
-    if rows.empty:
-        return NOT_RUN
-    row = {
-        name: plain(rows.iloc[0][name])
-        for name in ("value", "ci_low", "ci_high", "stderr", "n", "n_failed", "failure", "status", "pairing")
-    }
-    names = ("sae_id", "eval", "run_key", "metric", "split")
-    source = tuple(str(rows.iloc[0][name]) for name in names) if rows.iloc[0]["slice"] == "" else None
+CELL_FIELDS = ("value", "ci_low", "ci_high", "stderr", "n", "n_failed", "failure", "status", "pairing")
+SOURCE_FIELDS = ("sae_id", "eval", "run_key", "metric", "split")
+
+
+def _cells(rows: "pd.DataFrame", column: Column) -> dict[str, Cell]:
+    """sae_id -> cell of those that have one: of several rows the first, as :func:`newest` orders them."""
+    found = column.of(_matching(rows, column.spec))
+    first = found[found["slice"] == column.slice].drop_duplicates("sae_id")
+    records = first[[*dict.fromkeys((*CELL_FIELDS, *SOURCE_FIELDS, "slice"))]].to_dict("records")
+    return {str(record["sae_id"]): _cell(record) for record in records}
+
+
+def _cell(record: Mapping[Hashable, Any]) -> Cell:
+    row = {name: plain(record[name]) for name in CELL_FIELDS}
+    source = tuple(str(record[name]) for name in SOURCE_FIELDS) if record["slice"] == "" else None
     reason = "" if row["value"] is not None else f"{row['status']}: {row['failure'] or 'no reason recorded'}"
     return Cell(
         value=row["value"],
@@ -258,16 +264,27 @@ PROVENANCE = (
 )
 
 
-def _subject(rows: "pd.DataFrame") -> BoardSubject:
-    first = rows.iloc[0]
-    fields = {name: plain(first[name]) for name in SUBJECT_FIELDS}
+def _subjects(rows: "pd.DataFrame") -> list[BoardSubject]:
+    """In the order of their sae_id."""
+    n_rows = rows["sae_id"].value_counts()
+    first = rows.drop_duplicates("sae_id")
+    # A subject has hundreds of rows and a few runs: what is told of a run is the same in all of its rows.
+    runs = dict(iter(rows.drop_duplicates(["sae_id", "eval", *PROVENANCE]).groupby("sae_id")))
+    return sorted(
+        (
+            _subject(record, runs[record["sae_id"]], int(n_rows[record["sae_id"]]))
+            for record in first[list(SUBJECT_FIELDS)].to_dict("records")
+        ),
+        key=lambda subject: subject.sae_id,
+    )
+
+
+def _subject(record: Mapping[Hashable, Any], runs: "pd.DataFrame", n_rows: int) -> BoardSubject:
+    fields = {name: plain(record[name]) for name in SUBJECT_FIELDS}
     for name in ("d_in", "d_sae", "k", "train_tokens"):
         fields[name] = None if fields[name] is None else int(fields[name])
-    return BoardSubject(
-        fields=fields,
-        provenance={name: _joined(rows, name) for name in PROVENANCE},
-        n_rows=len(rows),
-    )
+    provenance = {name: _joined(runs, name) for name in PROVENANCE}
+    return BoardSubject(fields=fields, provenance=provenance, n_rows=n_rows)
 
 
 def is_random(subject: BoardSubject) -> bool:
@@ -298,11 +315,14 @@ def weak_reason(auc: float | None, wrong_auc: float | None) -> str:
 def weak_judges(rows: "pd.DataFrame") -> dict[tuple[str, str], str]:
     """(judge, scorer) as slices spell them -> why that judge is not believed; one weak check is enough."""
     checks = rows[(rows["eval"] == "explanation") & rows["metric"].isin(["judge_auc", "judge_wrong_auc", "judge_weak"])]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    names = ("sae_id", "slice", "metric", "value")
+    for sae_id, slice_text, metric, value in zip(*(checks[name] for name in names), strict=True):
+        found.setdefault((str(sae_id), str(slice_text)), {})[str(metric)] = plain(value)
     weak = {}
-    for (_, slice_text), group in checks.groupby(["sae_id", "slice"], sort=True):
-        values = {str(m): plain(v) for m, v in zip(group["metric"], group["value"], strict=True)}
+    for (_, slice_text), values in sorted(found.items()):
         if values.get("judge_weak") == 1:
-            parts = slice_parts(str(slice_text))
+            parts = slice_parts(slice_text)
             reason = weak_reason(values.get("judge_auc"), values.get("judge_wrong_auc"))
             weak[parts.get("judge", ""), parts.get("scorer", "")] = reason
     return weak
@@ -317,14 +337,14 @@ def build_board(results: "pd.DataFrame", draws: Draws | None = None) -> Board:
         return Board()
     rows = newest(results, "task_set")
     weak = weak_judges(rows)
-    columns = [column for spec in HEADLINE for column in _columns(rows, spec, weak)]
-    subjects = [_subject(group) for _, group in rows.groupby("sae_id", sort=True)]
+    evaluations, metrics = {spec.eval for spec in HEADLINE}, {spec.metric for spec in HEADLINE}
+    asked = rows[rows["eval"].isin(evaluations) & rows["metric"].isin(metrics)]
+    columns = [column for spec in HEADLINE for column in _columns(asked, spec, weak)]
+    subjects = _subjects(rows)
     cells: dict[tuple[str, str], Cell] = {}
     for column in columns:
-        found = column.of(_matching(rows, column.spec))
-        found = found[found["slice"] == column.slice]
-        for subject in subjects:
-            cells[subject.sae_id, column.id] = _cell(found[found["sae_id"] == subject.sae_id])
+        found = _cells(asked, column)
+        cells |= {(s.sae_id, column.id): found.get(s.sae_id, NOT_RUN) for s in subjects}
     subjects = [
         replace(s, n_failed=sum(cells[s.sae_id, c.id].n_failed for c in columns if c.spec.better != "neither"))
         for s in subjects
