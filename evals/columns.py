@@ -186,10 +186,22 @@ HEADLINE = (
         title="Precision at true rate",
         eval="explanation",
         metric="precision",
+        better="neither",  # it rises with the rate: latents that fire twice as often look more precise (decision 033)
+        slice=_SELECTED,
+        scorers=JUDGES,
+        description="Pooled precision of the judge at the rate at which the latents really fire; higher for latents "
+        "that fire more often, so not ranked.",
+    ),
+    ColumnSpec(
+        key="detection_precision_half",
+        title="Precision at one half",
+        eval="explanation",
+        metric="precision_at_half",
         better="higher",
         slice=_SELECTED,
         scorers=JUDGES,
-        description="Pooled precision of the judge at the rate at which the latents really fire.",
+        description="Precision of the judge as if half of all windows were active: SAEs whose latents fire at "
+        "different rates can be compared.",
     ),
     ColumnSpec(
         key="simulation_pearson",

@@ -42,18 +42,21 @@ class Base(NamedTuple):
     high: float = 1.0
 
 
+HEADLINE = ("auc", "pearson", "precision", "precision_at_half")
 BILLS = "Bills et al. 2023; AUTOINTERP 4"
 BASES: dict[str, Base] = {
     "auc": Base("AUC", "Mean share of (active, silent) window pairs in the right order; 0.5 is chance.", unit="AUC"),
     "balanced_accuracy": Base("Balanced accuracy", "Mean of (recall + 1 - fpr_silent) / 2; 0.5 is chance."),
     "precision": Base("Precision at the true rate", "sum pi R / sum (pi R + (1 - pi) phi): the share of windows called "
-                      "active by the judge which are, at the rate at which the latents really fire."),
+                      "active by the judge which are, at the rate at which the latents really fire; rises with that "
+                      "rate under one and the same judge.", "neither"),
     "precision_at_half": Base("Precision at one half", "Mean of R / (R + phi), as if half of all windows were active."),
     "recall": Base("Recall", "Mean share of active windows that the judge finds, over quantile groups."),
-    "f1": Base("F1", "Mean of 2PR / (P + R), P at the latent's true rate."),
+    "f1": Base("F1", "Mean of 2PR / (P + R), P at the latent's true rate, with which it rises.", "neither"),
     "fpr_silent": Base("False positives", "Mean share of silent windows called active.", "lower"),
     "phi": Base("False positives, all strata", "Mean false-positive rate over all silent windows.", "lower"),
-    "average_precision": Base("Average precision", "Mean average precision at the latent's true rate."),
+    "average_precision": Base("Average precision", "Mean average precision at the latent's true rate, with which it "
+                              "rises.", "neither"),
     "accuracy": Base("Accuracy", "Mean share of trials answered right."),
     "pearson": Base("Simulation correlation", "Mean correlation of simulated and true activation at the true rate.",
                     unit="correlation", low=-1.0),
@@ -88,7 +91,7 @@ def _declared() -> tuple[Metric, ...]:
             variants.append((f"{name}_weighted", f"{base.title}, weighted", text, base.better, base.low, base.high))
         out += [
             Metric(name=n, title=t, unit=base.unit, better=b, description=f"{d} {BY_LATENT}", reference=reference,
-                   low=low, high=high, headline=n in ("auc", "pearson", "precision"))
+                   low=low, high=high, headline=n in HEADLINE)
             for n, t, d, b, low, high in variants
         ]  # fmt: skip
     out += [

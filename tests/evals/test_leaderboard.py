@@ -111,7 +111,10 @@ def test_gain_over_the_random_sae(root: Path) -> None:
     assert gain.verdict == "better"
     assert (TOPK, "n2g_precision") not in board.gains  # the random SAE has no value there
     assert (TOPK, "dead_frac") not in board.gains  # no floor for it
-    assert board.gains[RELU, "detection_precision"].verdict == "undecided"
+    assert board.gains[RELU, "detection_precision_half"].verdict == "undecided"
+    true_rate = board.columns_of("detection_precision")[0]  # rises with the rate at which latents fire: shown, no contest
+    assert board.cells[RELU, true_rate.id].value == 0.06 and board.best(true_rate) == set()
+    assert board.gains[RELU, true_rate.id].verdict == ""
 
 
 def test_random_sae_of_the_same_width_then_nearest_l0(root: Path) -> None:

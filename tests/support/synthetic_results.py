@@ -66,6 +66,7 @@ VALUES: dict[tuple[str, str, str], dict[str, tuple[float, float] | str]] = {
     ("explanation", "floor_auc", EMBEDDING): {TOPK: (0.51, 0.03), RELU: (0.5, 0.03), RANDOM: (0.5, 0.03)},
     ("explanation", "gain_auc", EMBEDDING): {TOPK: (0.2, 0.05), RELU: (0.18, 0.05), RANDOM: (0.05, 0.04)},
     ("explanation", "precision", EMBEDDING): {TOPK: (0.083, 0.04), RELU: (0.06, 0.03), RANDOM: (0.03, 0.02)},
+    ("explanation", "precision_at_half", EMBEDDING): {TOPK: (0.66, 0.04), RELU: (0.61, 0.04), RANDOM: (0.57, 0.03)},
     ("explanation", "pearson", SIMULATION): {TOPK: (0.28, 0.06), RELU: (0.25, 0.06), RANDOM: (0.07, 0.04)},
     ("explanation", "recall_group", EMBEDDING + ",decile=3"): {TOPK: (0.6, 0.1)},
 }
