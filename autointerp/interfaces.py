@@ -146,6 +146,19 @@ class Explainer(Protocol):
         ...
 
 
+def explanation_by(explainer: Explainer, view: LatentView, *, candidate: int = 0, **said: Any) -> Explanation:
+    """A record of what ``explainer`` says of the latent of ``view``; ``said``: all fields that do not name it."""
+    return Explanation(
+        explanation_id=f"{view.sae_id}/{view.latent}/{explainer.name}/{candidate}",
+        sae_id=view.sae_id,
+        latent=view.latent,
+        explainer=explainer.name,
+        explainer_version=explainer.version,
+        candidate=candidate,
+        **said,
+    )
+
+
 @runtime_checkable
 class Simulator(Protocol):
     """From an explanation and a window to an expected activation per token."""

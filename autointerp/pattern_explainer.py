@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from autointerp.interfaces import ExplainContext
+from autointerp.interfaces import ExplainContext, explanation_by
 from autointerp.n2g import MAX_SUFFIX, BuildResult, Matcher, Pair, build_many, pad_token
 from autointerp.records import Explanation, LatentView
 from sae.manifest import sha256_text
@@ -39,12 +39,9 @@ class PatternExplainer:
 
     def _explanation(self, view: LatentView, result: BuildResult, decode: Callable[[list[int]], str]) -> Explanation:
         failure = result.failure
-        return Explanation(
-            explanation_id=f"{view.sae_id}/{view.latent}/{self.name}/0",
-            sae_id=view.sae_id,
-            latent=view.latent,
-            explainer=self.name,
-            explainer_version=self.version,
+        return explanation_by(
+            self,
+            view,
             text=None if failure else result.patterns.words(decode),
             pattern=None if failure else result.patterns.dump(),
             exemplar_ids=tuple(e.exemplar_id for e in view.exemplars if e.kind == KIND),

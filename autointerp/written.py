@@ -8,7 +8,7 @@ import re
 from typing import Any, ClassVar
 
 from autointerp.client import Client, GenerateRequest, Message, Origin, Reply, Usage, check_capability, count_tokens
-from autointerp.interfaces import ExplainContext
+from autointerp.interfaces import ExplainContext, explanation_by
 from autointerp.prompts import load_prompt
 from autointerp.records import Exemplar, Explanation, Failure, LatentView
 from autointerp.replies import Answer, ask, json_object
@@ -147,15 +147,12 @@ class WrittenExplainer:
         self, view: LatentView, shown: list[Exemplar], answer: Answer[str], candidate: int, client: Client
     ) -> Explanation:
         text = answer.value if isinstance(answer.value, str) else None
-        return Explanation(
-            explanation_id=f"{view.sae_id}/{view.latent}/{self.name}/{candidate}",
-            sae_id=view.sae_id,
-            latent=view.latent,
-            explainer=self.name,
-            explainer_version=self.version,
+        return explanation_by(
+            self,
+            view,
+            candidate=candidate,
             role=self.role,
             text=text,
-            candidate=candidate,
             selected=candidate == 0,
             hedged=bool(text and _HEDGE.search(text)),
             llm=client.identity.model,

@@ -6,7 +6,7 @@ their requests are the same as theirs alone, so that with the reply cache nothin
 
 from typing import Any, ClassVar
 
-from autointerp.interfaces import ExplainContext
+from autointerp.interfaces import ExplainContext, explanation_by
 from autointerp.records import Explanation, Failure, LatentView
 from sae.plugins import find
 
@@ -45,12 +45,9 @@ class Combined:
             text = f"{before.text}; the next words: {after.text}"
         elif failure is None:
             failure = Failure(code="unsupported", stage="explain", detail="a bare pattern has no text to join")
-        return Explanation(
-            explanation_id=f"{view.sae_id}/{view.latent}/{self.name}/0",
-            sae_id=view.sae_id,
-            latent=view.latent,
-            explainer=self.name,
-            explainer_version=self.version,
+        return explanation_by(
+            self,
+            view,
             role="both",
             text=text,
             hedged=before.hedged or after.hedged,

@@ -18,7 +18,7 @@ import numpy as np
 
 from autointerp.client import ContinuationRequest, LogprobReply, Origin
 from autointerp.concepts import BANK, Bank, load_bank
-from autointerp.interfaces import EmbedderLike, ExplainContext
+from autointerp.interfaces import EmbedderLike, ExplainContext, explanation_by
 from autointerp.records import Exemplar, Explanation, Failure, LatentView
 from autointerp.texts import Decoder, marked_words, named, pmi_continuation, pmi_prompt
 from sae.manifest import sha256_file
@@ -118,20 +118,15 @@ class Pmi:
         ctx: ExplainContext,
     ) -> Explanation:
         common: dict[str, Any] = {
-            "explanation_id": f"{view.sae_id}/{view.latent}/{self.name}/0",
-            "sae_id": view.sae_id,
-            "latent": view.latent,
-            "explainer": self.name,
-            "explainer_version": self.version,
             "llm": ctx.client.identity.model if ctx.client else None,
             "llm_revision": ctx.client.identity.revision if ctx.client else None,
             "exemplar_ids": tuple(e.exemplar_id for e in (*active, *silent)),
         }
         if not labels:
-            return Explanation(failure=Failure(code="too_few_positive", stage="explain"), **common)
+            return explanation_by(self, view, failure=Failure(code="too_few_positive", stage="explain"), **common)
         failed = [a for a in answers if not isinstance(a, LogprobReply)]
         if failed:
-            return Explanation(failure=failed[0], **common)
+            return explanation_by(self, view, failure=failed[0], **common)
         usage = [a.usage for a in answers]
         common["prompt_tokens"] = sum(u.prompt_tokens for u in usage)
         common["cached_tokens"] = sum(u.cached_tokens for u in usage)
@@ -140,8 +135,8 @@ class Pmi:
         if margin <= 0:
             detail = f"no explanation found: best {choice.label!r} at {choice.contrast:.2f}, floor {choice.floor:.2f}"
             failure = Failure(code="no_candidate", stage="explain", detail=detail)
-            return Explanation(failure=failure, margin=margin, **common)
-        return Explanation(text=choice.label, margin=margin, **common)
+            return explanation_by(self, view, failure=failure, margin=margin, **common)
+        return explanation_by(self, view, text=choice.label, margin=margin, **common)
 
 
 def choose(labels: Sequence[str], logp_nm: np.ndarray, n_active: int) -> _Choice:

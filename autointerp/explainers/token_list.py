@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from autointerp.interfaces import ExplainContext
+from autointerp.interfaces import ExplainContext, explanation_by
 from autointerp.records import Explanation, Failure, LatentView
 from autointerp.texts import Decoder, list_text
 
@@ -24,16 +24,8 @@ class TokenList:
         failure = None
         if text is None:
             failure = Failure(code="too_few_positive", stage="explain", detail="no positive window to list words from")
-        return Explanation(
-            explanation_id=f"{view.sae_id}/{view.latent}/{self.name}/0",
-            sae_id=view.sae_id,
-            latent=view.latent,
-            explainer=self.name,
-            explainer_version=self.version,
-            text=text,
-            exemplar_ids=tuple(e.exemplar_id for e in view.exemplars if e.positive),
-            failure=failure,
-        )
+        shown = tuple(e.exemplar_id for e in view.exemplars if e.positive)
+        return explanation_by(self, view, text=text, exemplar_ids=shown, failure=failure)
 
 
 PLUGIN = TokenList
