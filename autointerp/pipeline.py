@@ -32,6 +32,7 @@ from autointerp.records import (
     ScoreItem,
     Simulation,
 )
+from autointerp.score_faults import check_scores
 from autointerp.tables import read_jsonl, read_parquet, write_jsonl, write_parquet
 from sae.errors import DataError, NoAnswer
 from sae.manifest import artefact_dir, canonical_json, content_of, is_complete, key_of, read_manifest, rng, writing
@@ -263,6 +264,7 @@ def score(
     if unanswered:
         raise unanswered[0]
     scores = sorted((s for r in results for s in r.scores), key=_score_order)
+    check_scores(scores)
     items = sorted((i for r in results for i in r.items), key=lambda i: (i.scorer, i.explanation_id, i.exemplar_id))
     simulations = sorted(
         (s for r in results for s in r.simulations), key=lambda s: (s.simulator, s.explanation_id, s.exemplar_id)

@@ -276,7 +276,8 @@ def _gain_row(job: ScoreJob, gains: Sequence[float | Failure], identity: dict[st
     values = [g for g in gains if not isinstance(g, Failure)]
     reason = _null_reason(len(values), len(gains))
     mean = None if reason else float(np.mean(values))
-    half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if mean is not None and len(values) > 1 else None
+    spread = float(np.std(values, ddof=1)) if mean is not None and len(values) > 1 else 0.0
+    half = 1.96 * spread / len(values) ** 0.5 if spread > 0 else None
     return LatentScore(
         metric="surprisal_gain", value=mean, null_reason=reason, n_pos=len(values), n_failed=len(gains) - len(values),
         ci_low=None if mean is None or half is None else mean - half,
