@@ -151,6 +151,7 @@ def _places(options: argparse.Namespace, spent: _Spent) -> Iterator[tuple["Workp
     from autointerp.retries import check_base_url
     from autointerp.vllm_engine import engines_planned
     from autointerp.workplace import ONE_PROCESS_CLIENTS, SERVER_CLIENTS, Workplace, forget_clients, opened
+    from sae.engines import check_engine
 
     if options.llm_revision and not options.llm:
         raise ConfigError("--llm-revision is of a model; add --llm NAME")
@@ -168,7 +169,10 @@ def _places(options: argparse.Namespace, spent: _Spent) -> Iterator[tuple["Workp
         console.say(planned) if options.dry_run else logger.info("%s", planned)
     if options.client == "batch":
         forget_clients()
-    for sae_id in _sae_ids(options):
+    sae_ids = _sae_ids(options)
+    if not options.dry_run:
+        check_engine(options.engine, gpus=float(options.device.startswith("cuda")), shared=[options.root])
+    for sae_id in sae_ids:
         most, most_usd = options.max_llm_tokens, options.max_cost_usd
         place = Workplace(
             root=options.root, sae_id=sae_id, model=options.model, device=options.device, client=options.client,

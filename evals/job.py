@@ -19,6 +19,7 @@ from evals.worker import measure
 from evals.world import all_subjects, make_measurement
 from sae import console
 from sae.config import to_dict
+from sae.engines import check_engine
 from sae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def run_job(cfg: RunConfig) -> int:
     evaluations = select(cfg.evals, cfg.preset)
     check_before_loading(cfg)
     log = RunLog(root=cfg.root, preset=cfg.preset, key=cfg.key(), config=to_dict(cfg))
+    check_engine(cfg.engine, gpus=_gpus(cfg), shared=[cfg.root])
     stages = Pipeline(cfg, log)
     with log.stage("load language model") as stage:
         lm = stages.lm()
@@ -87,7 +89,12 @@ def _elsewhere(cfg: RunConfig) -> Elsewhere | None:
         return None
     # every process opens the stages that the driver made: it makes none of them again
     opened = replace(cfg, force=False)
-    return Elsewhere(cfg.engine, cfg.workers, measure, opened, gpus=float(cfg.device.startswith("cuda")))
+    return Elsewhere(cfg.engine, cfg.workers, measure, opened, gpus=_gpus(cfg))
+
+
+def _gpus(cfg: RunConfig) -> float:
+    """Share of a device per job elsewhere."""
+    return float(cfg.device.startswith("cuda"))
 
 
 def _publish(cfg: RunConfig, interpretation: Interpretation | None) -> list[Path]:

@@ -19,7 +19,7 @@ from threading import Thread
 from typing import Any, Literal, TypeVar
 
 from sae.errors import ConfigError, did_you_mean
-from sae.ray_jobs import import_ray, run_on_ray
+from sae.ray_jobs import check_cluster, import_ray, run_on_ray
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -84,6 +84,12 @@ def run_jobs(
     if workers == 1:
         return _here(function, jobs)
     return _in_processes(function, jobs, workers, threads or _own_threads())
+
+
+def check_engine(engine: EngineName, *, gpus: float = 0.0, shared: Sequence[Path] = ()) -> None:
+    """What :func:`run_jobs` would refuse, told before the work that leads up to its jobs."""
+    if engine == "ray":
+        check_cluster(gpus=gpus, shared=shared)
 
 
 def _own_threads() -> int:

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -24,6 +25,7 @@ DRIVER_VARIABLE = "SAESCOPE_DRIVER_HOST"
 """Set in the processes of a cluster: the machine of the command that they work for."""
 HANDED_ON = ("SAESCOPE_CACHE", "PYTHONPATH")
 """Variables of the command that its processes on a cluster take over. Keys are not among them: Ray shows what is."""
+CONNECT_S = 15
 ANSWER_S = 180
 """A node that does not answer for so long before any job is told."""
 LOOK_S = 20
@@ -136,18 +138,40 @@ def run_on_ray(
             ray.shutdown()
 
 
+def check_cluster(*, gpus: float, shared: Sequence[Path]) -> None:
+    """Before the work that comes before any job: ConfigError where the cluster of RAY_ADDRESS, if there is one, could
+    not do the jobs; MissingExtra without Ray."""
+    ray = import_ray()
+    if not os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+        return
+    _connect(ray, 1)
+    try:
+        _check_nodes(ray, [str(folder.resolve()) for folder in shared], gpus)
+    finally:
+        ray.shutdown()
+
+
 def _connect(ray: Any, workers: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"num_cpus": workers, "include_dashboard": False}
     try:
+        if address:
+            _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if not address:
             raise
         raise ConfigError(
             f"no Ray cluster can be used at RAY_ADDRESS={address} ({error}); start one with `ray start --head` and "
             "`ray start --address=HEAD:6379`, or unset RAY_ADDRESS to use this machine alone"
         ) from error
+
+
+def _reach(address: str) -> None:
+    """OSError where nothing answers at HOST:PORT, for which Ray itself would wait for minutes."""
+    place, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in place:
+        socket.create_connection((place.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def _workplaces(ray: Any, gpus: float) -> list[dict[str, Any]]:
@@ -176,11 +200,13 @@ def _check_nodes(ray: Any, folders: Sequence[str], gpus: float) -> None:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
             asked[task.remote(list(folders), token, node["NodeID"], os.getcwd())] = node
-        problems = _problems(ray, asked)
+        problems, gone = _problems(ray, asked)
         for node in asked.values():
             blind = [f for f in folders if not (Path(f) / token / node["NodeID"]).is_file()]
-            if blind and not any(node["NodeID"] in problem for problem in problems):
+            if blind and node not in gone and not any(_name(node) in problem for problem in problems):
                 problems.append(f"{_name(node)} writes {', '.join(blind)} where this command does not see it")
+        if len(gone) == len(nodes):
+            problems.append("all its nodes are gone")
     finally:
         for folder in folders:
             shutil.rmtree(Path(folder) / token, ignore_errors=True)
@@ -197,8 +223,10 @@ def _name(node: dict[str, Any]) -> str:
     return f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
 
 
-def _problems(ray: Any, asked: dict[Any, dict[str, Any]]) -> list[str]:
-    """What keeps each node from working, as it says itself or as its silence does."""
+def _problems(ray: Any, asked: dict[Any, dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(what keeps nodes from working, as they say themselves or as their silence does; nodes that are gone: Ray lists
+    one for some seconds after its death)."""
+    gone: list[dict[str, Any]] = []
     found, here = [], {**versions(), "python": platform.python_version()}
     ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
     found += [f"{_name(asked[ref])} did not answer within {ANSWER_S} s" for ref in silent]
@@ -206,6 +234,10 @@ def _problems(ray: Any, asked: dict[Any, dict[str, Any]]) -> list[str]:
         name = _name(asked[ref])
         try:
             said: Looked = ray.get(ref)
+        except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+            logger.warning("%s has left the Ray cluster", name)
+            gone.append(asked[ref])
+            continue
         except ray.exceptions.RayError as error:
             told = str(error.cause if getattr(error, "cause", None) else error).strip().splitlines()
             found.append(f"{name} cannot run saescope ({told[-1] if told else type(error).__name__}); is it installed?")
@@ -215,7 +247,7 @@ def _problems(ray: Any, asked: dict[Any, dict[str, Any]]) -> list[str]:
         other = [f"{what} {is_} (here {here[what]})" for what, is_ in there.items() if is_ != here[what]]
         if other:
             found.append(f"{name} has {', '.join(other)}: results would differ")
-    return found
+    return found, gone
 
 
 def _gather(
