@@ -10,14 +10,14 @@ from pathlib import Path
 
 from autointerp.doors import add_explain, add_score, newest_artefact, run_explain, run_score
 from sae import console
-from sae.errors import BudgetExceeded, SaescopeError
+from sae.errors import BudgetExceeded, SaescopeError, os_error_text
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m autointerp", description="Explanations of SAE latents.")
-    doors = parser.add_subparsers(dest="door", required=True)
+    doors = parser.add_subparsers(dest="door", metavar="COMMAND", title="commands", required=True)
     add_explain(doors)
     add_score(doors)
     export = doors.add_parser("export", help="write the explanation dataset: parquet tables and a card")
@@ -109,7 +109,11 @@ def _read_batch(files: Sequence[Path], root: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one door; expected errors become one line and an exit status."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        _parser().print_help()
+        return EXIT_USAGE
+    options = _parser().parse_args(words)
     console.setup()
     try:
         if options.door == "show":
@@ -134,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaescopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BUDGET if isinstance(error, BudgetExceeded) else EXIT_FAILED
+    except OSError as error:
+        print(f"error: {os_error_text(error)}", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_OK
 
 

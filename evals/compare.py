@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae.errors import ArtefactError, ConfigError, SaescopeError
+from sae.errors import ArtefactError, ConfigError, SaescopeError, os_error_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     parser.add_argument("--out", type=Path, help="folder of table and plot (default: ROOT/compare)")
     parser.add_argument("--all", action="store_true", help="every metric with a better side, not the headline alone")
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.more:
+        parser.error(
+            f"A and B are two, {2 + len(options.more)} are given: compare them in pairs, or see all in the leaderboard "
+            f"(python -m evals.leaderboard --root {options.root}); seeds of one recipe are one name with commas"
+        )
     from evals.compare_page import print_comparison, write_comparison
     from evals.comparison import compare
     from sae import console
@@ -34,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaescopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ConfigError, ArtefactError)) else 1
+    except OSError as error:
+        print(f"error: {os_error_text(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -20,7 +20,7 @@ from evals.page_data import RunInfo, run_info
 from evals.page_text import number
 from evals.results import draws_below, load_results
 from sae import console
-from sae.errors import ArtefactError, SaescopeError
+from sae.errors import ArtefactError, SaescopeError, os_error_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -264,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaescopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {os_error_text(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

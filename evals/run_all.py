@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from evals.run_config import PRESET_FUNCTIONS, RunConfig
 from sae import console
-from sae.errors import BudgetExceeded, ConfigError, SaescopeError, did_you_mean
+from sae.errors import BudgetExceeded, ConfigError, SaescopeError, did_you_mean, os_error_text
 
 logger = logging.getLogger(__name__)
 LISTED_METRICS = 8
@@ -97,11 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if verbose:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror or error}{where}; finished stages are kept, the same command goes on from there",
-            file=sys.stderr,
-        )
+        kept = "finished stages are kept, the same command goes on from there"
+        print(f"error: {os_error_text(error)}; {kept}", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -29,7 +29,7 @@ class StageLog:
     work_seconds: float = 0.0
     """Wall seconds that its artefacts took when they were made, in this run or an earlier one."""
     status: str = "running"
-    """running, done, reused, failed."""
+    """running, done, reused, failed, interrupted."""
     note: str = ""
     peak_gb: float = 0.0
     """Peak resident memory of the process so far, GB."""
@@ -85,8 +85,8 @@ class RunLog:
         begun = time.monotonic()
         try:
             yield log
-        except BaseException:
-            log.status = "failed"
+        except BaseException as error:
+            log.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             raise
         finally:
             log.seconds = time.monotonic() - begun

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from evals.page_text import visible
 from evals.pages import SITE, environment
 from sae import console
-from sae.errors import ArtefactError, ConfigError, MissingExtra, SaescopeError
+from sae.errors import ArtefactError, ConfigError, MissingExtra, SaescopeError, os_error_text
 
 if TYPE_CHECKING:
     from evals.live import Live
@@ -145,6 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SaescopeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {os_error_text(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -70,3 +70,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     listing = f" (known: {', '.join(known)})" if 0 < len(known) <= 40 else ""
     return hint + listing
+
+
+def os_error_text(error: OSError) -> str:
+    """What the system said, and of which file: the line that a door prints for a disk that is full or not writable."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"

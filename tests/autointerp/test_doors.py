@@ -248,3 +248,18 @@ def test_numbers_and_ranges() -> None:
     for wrong in ("", "a", "1-", "-3", "1,,2"):
         with pytest.raises(ConfigError, match="ranges"):
             latents_of(wrong)
+
+
+def test_without_a_command_all_are_listed(capsys) -> None:
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    assert "explain latents" in said and "import-neuronpedia" in said
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr("autointerp.dataset.export", full)
+    assert main(["export", "--root", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: No space left on device ({tmp_path / 'x'})\n"

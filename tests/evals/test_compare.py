@@ -363,6 +363,17 @@ def test_the_door_writes_table_and_plot(tmp_path, capsys):
     assert "no subject is called 'nothing'" in capsys.readouterr().err
 
 
+def test_the_door_says_what_three_names_or_a_bad_folder_are(tmp_path, capsys):
+    for which in ("topk", "relu"):
+        write_subject(tmp_path, name(which), 0.3 + 0.1 * noise(which))
+    with pytest.raises(SystemExit) as stopped:
+        door.main(["topk", "relu", "jumprelu", "--root", str(tmp_path)])
+    assert stopped.value.code == 2 and "compare them in pairs" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert door.main(["topk", "relu", "--root", str(tmp_path), "--out", str(tmp_path / "file" / "below")]) == 1
+    assert "error: Not a directory" in capsys.readouterr().err
+
+
 def test_the_plot_puts_the_better_side_of_b_right(tmp_path):
     import xml.etree.ElementTree as ET
 
