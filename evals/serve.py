@@ -7,6 +7,7 @@ the extra ``saescope[serve]``.
 
 import argparse
 import json
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,6 +121,16 @@ def make_app(root: Path, live: "Live") -> Any:
     )
 
 
+def _free(port: int) -> None:
+    """ConfigError if this port of 127.0.0.1 cannot be listened on."""
+    try:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: a port just left is free
+            trial.bind(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--port {port}: {getattr(error, 'strerror', None) or error}; give another --port") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Door of ``python -m evals.serve``. Exit codes as HOUSE 9."""
     parser = argparse.ArgumentParser("python -m evals.serve", description="Your own text against the SAEs of a run.")
@@ -137,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ArtefactError(
                 f"{options.root}/site is not built; run: python -m evals.leaderboard --root {options.root}"
             )
+        _free(options.port)
         from evals.live import Live
 
         app = make_app(options.root, Live(options.root))

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,15 @@ def test_the_door_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFix
     pytest.importorskip("uvicorn", reason="pip install saescope[serve]")
     assert serve.main(["--root", str(tmp_path)]) == 2
     assert "python -m evals.leaderboard" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(root: Path, live: Live, capsys) -> None:
+    (root / "site").mkdir(parents=True, exist_ok=True)
+    (root / "site" / "index.html").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve.main(["--root", str(root), "--port", str(port)]) == 2
+    said = capsys.readouterr()
+    assert f"--port {port}: Address already in use; give another --port" in said.err and "http" not in said.out
