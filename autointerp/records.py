@@ -4,8 +4,10 @@ W tokens per window. Activations are in the LM's own units.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, Self
 
 from sae.config import from_dict
@@ -41,11 +43,38 @@ class Record:
     """Mixin: JSON in and out, strict."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        """What ``dataclasses.asdict`` gives; numbers and texts, which no one can change, are not copied."""
+        return _as_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         return from_dict(cls, values)
+
+
+_UNCHANGEABLE = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
+
+
+def _as_dict(record: Any) -> dict[str, Any]:
+    return {name: _plain(getattr(record, name)) for name in _field_names(type(record))}
+
+
+def _plain(value: Any) -> Any:
+    """Records as dicts, at any depth; the rest copied where it can change."""
+    kind = type(value)
+    if kind in _UNCHANGEABLE or kind is tuple and _UNCHANGEABLE.issuperset(map(type, value)):
+        return value
+    if is_dataclass(value):
+        return _as_dict(value)
+    if kind in (tuple, list):
+        return kind(map(_plain, value))
+    if kind is dict:
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    return deepcopy(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,16 +26,17 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{kind.__name__}: expected an object, got {type(values).__name__}")
     known = _names(kind)  # type: ignore[arg-type]
-    hints = _hints(kind)  # type: ignore[arg-type]
-    for name, value in values.items():
+    hints, plain = _hints(kind), _plain_types(kind)  # type: ignore[arg-type]
+    others = {name: value for name, value in values.items() if type(value) not in plain.get(name, ())}
+    for name, value in others.items():
         if name not in known:
             raise ConfigError(f"{kind.__name__} has no field {name!r}{did_you_mean(name, known)}")
         if not _fits(hints[name], value):
             wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else str(hints[name])
             raise ConfigError(f"{kind.__name__}.{name}: expected {str(wanted).replace('typing.', '')}, got {value!r}")
-    arguments = {name: _coerce(hints[name], value) for name, value in values.items()}
+    arguments = {name: _coerce(hints[name], value) for name, value in others.items()}
     try:
-        return kind(**arguments)
+        return kind(**{**values, **arguments})
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
@@ -52,6 +53,15 @@ def _names(kind: type) -> frozenset[str]:
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+@cache
+def _plain_types(kind: type) -> dict[str, frozenset[type]]:
+    """By field the types whose values fit and stay as they are: nearly all cells of a table."""
+    unions = (typing.Union, types.UnionType)
+    options = {name: _args(hint) if _origin(hint) in unions else (hint,) for name, hint in _hints(kind).items()}
+    return {name: frozenset(o for o in those if o in (str, int, float, bool, types.NoneType))
+            for name, those in options.items()}
 
 
 _SCALARS: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, str: str, types.NoneType: types.NoneType}

@@ -35,14 +35,14 @@ class Embedding:
         assert ctx.embedder is not None
         decoder = Decoder(ctx.tokenizer)
         usable = [job for job in jobs if job.explanation.text is not None]
-        texts = {job.explanation.text or "" for job in usable}
-        texts |= {decoder.window(e) for job in usable for e in (*job.exemplars, *job.calibrate)}
-        ctx.embedder.embed(sorted(texts))
+        shown = {e.exemplar_id: e for job in usable for e in (*job.exemplars, *job.calibrate)}
+        read = {exemplar_id: decoder.window(e) for exemplar_id, e in shown.items()}
+        ctx.embedder.embed(sorted({job.explanation.text or "" for job in usable}.union(read.values())))
         identity: dict[str, Any] = {"scorer": self.name, "version": self.version, "judge": ctx.embedder.name}
         embed = ctx.embedder.embed
 
         def values(text: str, windows: Sequence[Exemplar]) -> list[float]:
-            return _cosines(embed([text])[0], embed([decoder.window(e) for e in windows]))
+            return _cosines(embed([text])[0], embed([read[e.exemplar_id] for e in windows]))
 
         return [cut_scores(job, values, self.metrics, **identity) for job in jobs]
 
