@@ -18,6 +18,8 @@ from autointerp.ledger import load_prices
 from autointerp.vllm_engine import engines_planned
 from evals.checks import applicable, check_before_loading, check_context, hookpoint_of
 from evals.effects import T_POSITIONS
+from evals.more_tasks import named
+from evals.probe_activations import ProbeConfig
 from evals.run_config import RunConfig
 from evals.stages import free_disk_gb
 from sae import console, loading
@@ -29,6 +31,8 @@ from sae.tokens import SPLITS
 LM_EFFICIENCY = 0.75
 """Share of the plain product's speed that a whole forward pass reaches (attention, norms, softmax)."""
 TRAIN_EFFICIENCY = 0.9
+MORE_PROMPT_TOKENS = 25
+"""Of a prompt of the tasks of ``--tasks``, on average: 12.5 of those that the default text leaves (docs/log.md)."""
 EMBEDDED_PER_S = 47
 """Windows of 32 tokens by MiniLM in float64 on one core."""
 PRODUCTS = {"topk": 1.1, "batchtopk": 1.2, "matryoshka": 1.6, "jumprelu": 1.2, "relu": 1.4, "gated": 1.3}
@@ -101,10 +105,19 @@ def make_plan(cfg: RunConfig, lm: LanguageModel, hookpoint: str, d_in: int) -> l
         lines.append(PlanLine("effects", passed * upper_s, f"{n} windows, {passed:,} tokens above the hookpoint"))
     for evaluation in evaluations:
         lines.append(_eval_line(evaluation, cfg, n_saes, lower_s, upper_s))
+    lines.extend(_more_tasks_lines(cfg, lower_s))
     if cfg.random_model:
         lines.append(_random_model_line(lines, n_saes))
     lines.append(PlanLine("leaderboard and pages", 5, ""))
     return lines
+
+
+def _more_tasks_lines(cfg: RunConfig, lower_s: float) -> list[PlanLine]:
+    """Prompts of ``--tasks``: at most so many, since those trained on are left out."""
+    names, sizes = named(cfg.tasks), ProbeConfig.of_preset(cfg.preset)
+    tokens = 2 * sizes.cap_rows * len(names) * min(sizes.max_tokens, MORE_PROMPT_TOKENS)
+    detail = f"up to {len(names)} tasks, {tokens:,} tokens; what was trained on is left out"
+    return [PlanLine("probe prompts of more tasks", tokens * lower_s, detail)] if names else []
 
 
 def _random_model_line(lines: list[PlanLine], n_saes: int) -> PlanLine:

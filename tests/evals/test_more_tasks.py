@@ -16,11 +16,12 @@ from evals.board import Board, Column, build_board
 from evals.comparison import compare
 from evals.more_probes import build_more_probes, joined
 from evals.more_tasks import EVERY, MORE_FILE, admit, build_more, more_table, named, table_name
+from evals.plan import make_plan
 from evals.probe_activations import ProbeConfig, build_probes
 from evals.probe_datasets import GROUP_KEYS, split_task, task_table
 from evals.results import Estimate, load_results, make_row, row_dir, write_rows
 from evals.run_all import main, parse
-from evals.run_config import tiny
+from evals.run_config import quick, tiny
 from sae import assets
 from sae.errors import ConfigError
 from sae.language_model import LanguageModel
@@ -99,6 +100,16 @@ def test_a_run_without_more_tasks_is_the_run_that_it_was():
     assert not {"tasks", "allow_seen"} & set(tiny().identity())
     keys = {tiny().key(), parse(["--preset", "tiny", "--tasks", "spam_is"]).key()}
     assert len(keys | {parse(["--preset", "tiny", "--tasks", "spam_is", "--allow-seen"]).key()}) == 3
+
+
+def test_the_plan_says_what_they_cost(tmp_path):
+    (tmp_path / "lm").mkdir()
+    lm = LanguageModel.load(str(save_tiny_lm(tmp_path / "lm")))
+    with_, without = (
+        {p.stage: p for p in make_plan(cfg, lm, "layers.1", 32)} for cfg in (replace(quick(), tasks=(EVERY,)), quick())
+    )
+    assert set(with_) - set(without) == {"probe prompts of more tasks"}
+    assert "up to 65 tasks, 832,000 tokens" in with_["probe prompts of more tasks"].detail
 
 
 # -- synthetic tables of the package's form -------------------------------------------------------------------------
