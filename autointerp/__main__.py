@@ -10,7 +10,7 @@ from pathlib import Path
 
 from autointerp.doors import add_explain, add_score, newest_artefact, run_explain, run_score
 from sae import console
-from sae.errors import BudgetExceeded, SaescopeError, os_error_text
+from sae.errors import ArtefactError, BudgetExceeded, SaescopeError, os_error_text
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -48,7 +48,10 @@ def _show(root: Path) -> None:
     from autointerp.dataset import find_chains
     from autointerp.pipeline import open_explanations, open_scores
 
-    for sae_id, chain in sorted(find_chains(root).items()):
+    chains = find_chains(root)
+    if not chains:
+        raise ArtefactError(f"{root} holds no finished explanations; run: python -m evals.run_all --root {root}")
+    for sae_id, chain in sorted(chains.items()):
         found = [s for s in open_scores(chain["scores"]).scores if s.metric == "auc" and not (s.floor_kind or s.group)]
         value = {(s.explanation_id, s.scorer): s.value for s in found}
         scorers = sorted({s.scorer for s in found})
@@ -85,7 +88,6 @@ def _export_neuronpedia(options: argparse.Namespace) -> None:
 def _import_neuronpedia(options: argparse.Namespace) -> None:
     from autointerp.exemplars import ExemplarTable
     from autointerp.neuronpedia import import_explanations
-    from sae.errors import ArtefactError
 
     newest = newest_artefact(options.root, "exemplars", options.sae)
     if newest is None:

@@ -15,6 +15,7 @@ from evals.gains import NOT_RUN, Cell, Draws, Gain, gain_of
 if TYPE_CHECKING:
     import pandas as pd
 
+PLACE = ("lm", "lm_revision", "hookpoint")
 MATCHED_L0 = (8, 16, 32, 64, 128, 256)
 SUBJECT_FIELDS = (
     "sae_id",
@@ -70,6 +71,8 @@ class BoardSubject:
     n_rows: int
     random_id: str | None = None
     """The random SAE it is compared with."""
+    alone: bool = True
+    """All SAEs of the board read one place of one LM, so that names need not say which."""
 
     @property
     def sae_id(self) -> str:
@@ -81,10 +84,18 @@ class BoardSubject:
 
     @property
     def short(self) -> str:
-        """Readable name without the LM and the hookpoint, which the page states once."""
+        """Readable name, without the LM and the hookpoint where the page states them once for all."""
         name = self.sae_id.removeprefix("baseline.")
-        rest = "" if self.is_baseline else name.partition(f"{self.fields['hookpoint']}.")[2]
+        at = str(self.fields["hookpoint"]).replace(":", "-")  # as an id spells it
+        if not self.alone:
+            return name if at in name else f"{name} ({at})"
+        rest = "" if self.is_baseline else name.partition(f"{at}.")[2]
         return rest or name
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """LM and hookpoint: errors and losses of different places are never ranked together."""
+        return tuple(self.fields[name] for name in PLACE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +123,19 @@ class Board:
         return [c for c in self.columns if c.spec.key == key]
 
     def best(self, column: Column) -> set[str]:
-        """The SAE with the best value and all whose interval overlaps its own; empty for unranked columns."""
+        """Of each place the SAE with the best value and all whose interval overlaps its own; empty for unranked
+        columns, none where an SAE is alone."""
         if not column.ranked:
             return set()
         sign = 1 if column.spec.better == "higher" else -1
-        known = [(s.sae_id, self.cells[s.sae_id, column.id]) for s in self.saes]
-        known = [(i, c) for i, c in known if c.value is not None]
-        if len(known) < 2:
-            return set()
-        top = max(known, key=lambda p: (sign * p[1].value, p[0]))[1]  # type: ignore[operator]
-        return {i for i, c in known if c.value == top.value or overlap(c, top)}
+        found: set[str] = set()
+        for place in {s.place for s in self.saes}:
+            cells = [(s.sae_id, self.cells[s.sae_id, column.id]) for s in self.saes if s.place == place]
+            known = [(i, c) for i, c in cells if c.value is not None]
+            if len(known) > 1:
+                top = max(known, key=lambda p: (sign * p[1].value, p[0]))[1]  # type: ignore[operator]
+                found |= {i for i, c in known if c.value == top.value or overlap(c, top)}
+        return found
 
 
 def overlap(a: Cell, b: Cell) -> bool:
@@ -293,13 +307,17 @@ def is_random(subject: BoardSubject) -> bool:
     return subject.is_baseline and any(w == "random" or w.startswith("random_sae") for w in words)
 
 
-def _random_of(subject: BoardSubject, baselines: Sequence[BoardSubject], l0: dict[str, float | None]) -> str | None:
-    """The random SAE of the same LM and hookpoint; of several, that of equal width, then of nearest L0."""
+def _random_of(
+    subject: BoardSubject, baselines: Sequence[BoardSubject], l0: dict[str, float | None], inputs: dict[str, set[str]]
+) -> str | None:
+    """The random SAE of the same LM and hookpoint; of several, one measured on the same text, then that of equal width,
+    then of nearest L0. ``inputs``: by sae_id the pairings of its cells."""
 
-    def distance(other: BoardSubject) -> tuple[int, float, str]:
+    def distance(other: BoardSubject) -> tuple[bool, bool, float, str]:
         a, b = l0.get(subject.sae_id), l0.get(other.sae_id)
         gap = abs(math.log(max(a, 1e-9) / max(b, 1e-9))) if a is not None and b is not None else math.inf
-        return int(other.fields["d_sae"] != subject.fields["d_sae"]), gap, other.sae_id
+        apart = not inputs.get(subject.sae_id, set()) & inputs.get(other.sae_id, set())
+        return apart, other.fields["d_sae"] != subject.fields["d_sae"], gap, other.sae_id
 
     same = [b for b in baselines if is_random(b) and all(b.fields[f] == subject.fields[f] for f in ("lm", "hookpoint"))]
     return min(same, key=distance).sae_id if same else None
@@ -352,7 +370,10 @@ def build_board(results: "pd.DataFrame", draws: Draws | None = None) -> Board:
     l0_column = next(c for c in columns if c.spec.key == "l0")
     l0 = {s.sae_id: cells[s.sae_id, l0_column.id].value for s in subjects}
     baselines = [s for s in subjects if s.is_baseline]
-    saes = [replace(s, random_id=_random_of(s, baselines, l0)) for s in subjects if not s.is_baseline]
+    inputs = {s.sae_id: {cells[s.sae_id, c.id].pairing for c in columns} - {""} for s in subjects}
+    saes = [replace(s, random_id=_random_of(s, baselines, l0, inputs)) for s in subjects if not s.is_baseline]
+    alone = len({s.place for s in saes}) <= 1
+    saes, baselines = ([replace(s, alone=alone) for s in group] for group in (saes, baselines))
     fvu = next(c for c in columns if c.spec.key == "fvu")
     saes.sort(key=lambda s: (cells[s.sae_id, fvu.id].value is None, cells[s.sae_id, fvu.id].value or 0.0, s.sae_id))
     gains = {}

@@ -263,3 +263,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("autointerp.dataset.export", full)
     assert main(["export", "--root", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"error: No space left on device ({tmp_path / 'x'})\n"
+
+
+def test_nothing_to_show_is_said(tmp_path: Path, capsys) -> None:
+    assert main(["show", "--root", str(tmp_path)]) == 1
+    assert "holds no finished explanations; run: python -m evals.run_all" in capsys.readouterr().err
