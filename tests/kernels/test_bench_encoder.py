@@ -22,6 +22,8 @@ def test_every_setting_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> 
     settings = [row["provider"] for row in bench.rows if row["kernel"] == "encode_setting"]
     assert not bench.failures and len(settings) == len(set(settings)) == 10
     assert all(float(row["p50_ms"]) > 0 for row in bench.rows) and len(bench.rows) == 15
+    rated = {row["provider"] for row in bench.rows if row["kernel"] == "encoder_parts" and row["tflops"]}
+    assert rated == {"product fp32 out", "product bf16 out"}  # what multiplies nothing has no rate of products
     monkeypatch.setattr(bench_encoder.topk_select, "select_rows", lambda *a: [out.zero_() for out in a[4:]])
     bench_encoder.measure(bench, (5, 2, 1_024, 16))
     assert len(bench.failures) == 10 and all("is off by" in failure for failure in bench.failures)
