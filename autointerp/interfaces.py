@@ -146,7 +146,14 @@ class Explainer(Protocol):
         ...
 
 
-def explanation_by(explainer: Explainer, view: LatentView, *, candidate: int = 0, **said: Any) -> Explanation:
+class Named(Protocol):
+    """What every plug-in says of itself."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+
+def explanation_by(explainer: Named, view: LatentView, *, candidate: int = 0, **said: Any) -> Explanation:
     """A record of what ``explainer`` says of the latent of ``view``; ``said``: all fields that do not name it."""
     return Explanation(
         explanation_id=f"{view.sae_id}/{view.latent}/{explainer.name}/{candidate}",

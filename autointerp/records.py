@@ -60,7 +60,7 @@ def _field_names(kind: type) -> tuple[str, ...]:
 
 
 def _as_dict(record: Any) -> dict[str, Any]:
-    return {name: _plain(getattr(record, name)) for name in _field_names(type(record))}
+    return {name: _plain(getattr(record, name)) for name in _field_names(type(record))}  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:
