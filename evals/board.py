@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.columns import HEADLINE, ColumnSpec
 from evals.gains import NOT_RUN, Cell, Draws, Gain, gain_of
+from evals.uncertainty import MIN_UNITS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,14 +125,14 @@ class Board:
 
     def best(self, column: Column) -> set[str]:
         """Of each place the SAE with the best value and all whose interval overlaps its own; empty for unranked
-        columns, none where an SAE is alone."""
+        columns, none where an SAE is alone. A value of too few units for an interval is no candidate."""
         if not column.ranked:
             return set()
         sign = 1 if column.spec.better == "higher" else -1
         found: set[str] = set()
         for place in {s.place for s in self.saes}:
             cells = [(s.sae_id, self.cells[s.sae_id, column.id]) for s in self.saes if s.place == place]
-            known = [(i, c) for i, c in cells if c.value is not None]
+            known = [(i, c) for i, c in cells if c.value is not None and (c.ci_low is not None or c.n >= MIN_UNITS)]
             if len(known) > 1:
                 top = max(known, key=lambda p: (sign * p[1].value, p[0]))[1]  # type: ignore[operator]
                 found |= {i for i, c in known if c.value == top.value or overlap(c, top)}

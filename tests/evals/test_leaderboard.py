@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,15 @@ def test_best_counts_what_the_intervals_cannot_tell_apart(root: Path) -> None:
     assert board.best(board.columns_of("fvu")[0]) == {TOPK}
     assert board.best(board.columns_of("probe_loss")[0]) == {TOPK, RELU}
     assert board.best(board.columns_of("l0")[0]) == set()
+
+
+def test_a_value_of_a_single_latent_is_not_the_best(root: Path) -> None:
+    """A precision of 1.0 by the one latent whose patterns fire was marked ahead of .62 by sixty."""
+    board = board_of(root)
+    column = board.columns_of("n2g_precision")[0]
+    for n, best in ((1, set()), (60, {RELU})):
+        cells = {**board.cells, (RELU, column.id): Cell(value=1.0, n=n)}
+        assert replace(board, cells=cells).best(column) == best
 
 
 def test_weak_judge_is_shown_and_never_ranked(root: Path) -> None:
