@@ -32,7 +32,9 @@ def check_before_loading(cfg: RunConfig) -> None:
         if not hub.is_ref(path):
             loading.recognise(Path(path))
     for text in cfg.task_csv:
-        _is_file("--task-csv", OwnTask.parse(text).path)
+        task = OwnTask.parse(text)
+        _is_file("--task-csv", task.path)
+        task.build()
     if cfg.pretraining_curve is not None:
         _is_file("--pretraining-curve", cfg.pretraining_curve)
     _writable(cfg.root)

@@ -129,9 +129,9 @@ class TokensConfig:
     def __post_init__(self) -> None:
         require(self.context_tokens >= 8, f"context_tokens must be at least 8, got {self.context_tokens}")
         for name in ("train_tokens", "explain_tokens", "calibrate_tokens", "score_tokens", "test_tokens"):
-            require(
-                getattr(self, name) >= self.context_tokens, f"{name} must be at least one row of {self.context_tokens}"
-            )
+            given = getattr(self, name)
+            few = f"{name} ({given:,}) must be at least one row (context_tokens {self.context_tokens:,})"
+            require(given >= self.context_tokens, few)
 
     def split_tokens(self, split: str) -> int:
         return int(getattr(self, f"{split}_tokens"))
@@ -242,7 +242,8 @@ class TrainConfig:
             require(4 * self.k <= self.d_sae, f"multi_topk needs 4 k latents, got k {self.k}, d_sae {self.d_sae}")
         require(self.aux_k >= 1 and self.aux_alpha >= 0, "aux_k must be at least 1 and aux_alpha must not be negative")
         require(self.batch_tokens >= 1, f"batch_tokens must be positive, got {self.batch_tokens}")
-        require(self.train_tokens >= self.batch_tokens, "train_tokens must be at least one batch")
+        few = f"train_tokens ({self.train_tokens:,}) must be at least one batch (batch_tokens {self.batch_tokens:,})"
+        require(self.train_tokens >= self.batch_tokens, few)
 
 
 @dataclass(kw_only=True, frozen=True)

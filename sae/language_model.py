@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import ConfigError, Unsupported, did_you_mean
+from sae.hook_names import from_transformer_lens
 from sae.hooks import first_tensor, replace_input, with_first
 from sae.packed import pack_linears
 from sae.unembedding import Unembedding
@@ -128,12 +129,22 @@ class LanguageModel:
         modules.pop("")
         if name not in modules:
             near = [n for n in modules if n.count(".") == name.count(".")] or list(modules)
+            same = self._other_spelling(hookpoint)
+            hint = did_you_mean(name, near) if same is None else f"; it is written {same!r} here"
             raise ConfigError(
-                f"{self.name} has no hookpoint {hookpoint!r}{did_you_mean(name, near)}; the output of a block is "
+                f"{self.name} has no hookpoint {hookpoint!r}{hint}; the output of a block is "
                 f"written {self.stack_name}.0 … {self.stack_name}.{self.n_layers - 1}, a module's input "
                 f"with {INPUT_SUFFIX!r}"
             )
         return modules[name]
+
+    def _other_spelling(self, hookpoint: str) -> str | None:
+        """The hookpoint that another library's words mean: with ``model.`` before it, ``:out`` behind it, or of
+        TransformerLens (``blocks.3.hook_resid_post``)."""
+        modules = dict(self.decoder.named_modules())
+        tails = [hookpoint.removesuffix(":out").split(".", n)[-1] for n in range(3)]
+        found = next((t for t in tails if t and _split(t)[0] in modules), None)
+        return found or from_transformer_lens(hookpoint, self.model.config.get_text_config().model_type)
 
     @torch.no_grad()
     def capture(self, ids_BL: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from evals import checks
 from evals.plan import make_plan
 from evals.run_all import main
 from evals.run_config import RunConfig, tiny
-from sae.errors import ConfigError, SaescopeError
+from sae.errors import ConfigError, DataError, SaescopeError
 from sae.language_model import LanguageModel
 
 
@@ -58,6 +58,13 @@ def test_names_of_the_explaining_half(cfg: RunConfig, changes: dict, says: str) 
     with pytest.raises(ConfigError, match=says):
         checks.check_before_loading(wrong)
     checks.check_before_loading(replace(wrong, evals=("reconstruction",)))  # which explains nothing
+
+
+def test_an_own_task_is_read_before_a_model_is_loaded(cfg: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("prompt,target\na,1\nb,0\n")
+    checks.check_before_loading(replace(cfg, task_csv=(f"mood={tmp_path / 't.csv'}",)))
+    with pytest.raises(DataError, match="columns 'text' and 'target'"):
+        checks.check_before_loading(replace(cfg, task_csv=(f"mood={tmp_path / 't.csv'}:text:target:1",)))
 
 
 def test_a_root_that_is_a_file(cfg: RunConfig, tmp_path: Path) -> None:
