@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.columns import HEADLINE, ColumnSpec
 from evals.gains import NOT_RUN, Cell, Draws, Gain, gain_of
+from evals.results import current_versions
 from evals.uncertainty import MIN_UNITS
 
 if TYPE_CHECKING:
@@ -354,7 +355,7 @@ def build_board(results: "pd.DataFrame", draws: Draws | None = None) -> Board:
     """
     if results.empty:
         return Board()
-    rows = newest(results, "task_set")
+    rows = newest(current_versions(results), "task_set")
     weak = weak_judges(rows)
     evaluations, metrics = {spec.eval for spec in HEADLINE}, {spec.metric for spec in HEADLINE}
     asked = rows[rows["eval"].isin(evaluations) & rows["metric"].isin(metrics)]

@@ -157,7 +157,7 @@ def wanted_columns(results: "pd.DataFrame", everything: bool) -> "list[Column]":
 def compare(root: Path, a_text: str, b_text: str, *, everything: bool = False) -> Comparison:
     """Compare two SAEs or cells under ``root``. ArtefactError without rows; ConfigError for names that fit nothing,
     fit too much, or lie at different places of different models."""
-    from evals.results import load_results
+    from evals.results import current_versions, load_results
 
     root = Path(root)
     results = load_results(root)
@@ -166,7 +166,7 @@ def compare(root: Path, a_text: str, b_text: str, *, everything: bool = False) -
     a, b = find_cell(root, results, a_text), find_cell(root, results, b_text)
     if set(a.sae_ids) & set(b.sae_ids):
         raise ConfigError(f"A and B share {', '.join(sorted(set(a.sae_ids) & set(b.sae_ids)))}")
-    rows = results[results["sae_id"].isin([*a.sae_ids, *b.sae_ids])]
+    rows = current_versions(results[results["sae_id"].isin([*a.sae_ids, *b.sae_ids])])
     for name in SAME_PLACE:
         values = sorted(set(map(str, rows[name])))
         if len(values) > 1:

@@ -18,6 +18,7 @@ from sae.manifest import canonical_json, is_complete, read_manifest, sha256_text
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
 ROWS_FILE = "rows.jsonl"
 DETAILS_FILE = "details.parquet"
@@ -286,3 +287,17 @@ def load_results(root: Path) -> Any:
         records.extend(asdict(row) | extra for row in read_rows(folder))
     columns = [f.name for f in fields(Row)] + [*PROVENANCE_COLUMNS, "wall_s", "pairing", "task_set"]
     return pd.DataFrame(records, columns=columns)
+
+
+def current_versions(results: "pd.DataFrame") -> "pd.DataFrame":
+    """Without the rows of a version of an evaluation that whoever has them has in a later version too (equal preset and
+    task set): nobody needs the old number then. Where one SAE or floor lacks the later version, both stay, apart."""
+    stale: list[int] = []
+    for _, group in results.groupby(["eval", "preset", "task_set"], sort=False, dropna=False):
+        later: set[str] = set()
+        for version in sorted(group["eval_version"].unique(), reverse=True):
+            rows = group[group["eval_version"] == version]
+            if set(rows["sae_id"]) <= later:
+                stale += list(rows.index)
+            later |= set(rows["sae_id"])
+    return results.drop(index=stale) if stale else results

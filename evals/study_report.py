@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.board import Board, BoardSubject, Column, build_board
+from evals.board import Board, BoardSubject, Column, build_board, newest
 from evals.comparison import Comparison, Line, compare
 from evals.page_recipes import spread_of
 from evals.page_text import number
-from evals.results import draws_below, load_results
+from evals.results import current_versions, draws_below, load_results
 from sae.errors import ArtefactError
 from sae.manifest import is_complete, read_manifest
 
@@ -80,6 +80,7 @@ def write_report(root: Path, reference: str, penalties: Mapping[tuple[float, flo
     results = load_results(root)
     if results.empty:
         raise ArtefactError(f"{root} holds no result rows; run the study first")
+    results = newest(current_versions(results), "task_set", "seed")
     board = build_board(results, draws_below(root))
     cells = find_cells(root, board, penalties)
     pairs = []
