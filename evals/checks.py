@@ -4,6 +4,7 @@ The run and its ``--dry-run`` ask the same questions.
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from sae import hub, loading, plugins, texts
 from sae.base import SAE
 from sae.errors import ConfigError
 from sae.language_model import LanguageModel
+from sae.manifest import is_complete, read_manifest
+
+SPARE_DISK_GB = 0.5
+REST_GB = 0.3
+"""All but activations: SAEs, latents, rows, pages."""
 
 
 def check_before_loading(cfg: RunConfig) -> None:
@@ -68,6 +74,34 @@ def check_context(cfg: RunConfig, lm: LanguageModel) -> None:
             f"{lm.name} reads at most {most:,} tokens, rows have {cfg.tokens.context_tokens:,}; "
             f"give --tokens.context-tokens {most} or less"
         )
+
+
+def check_disk(cfg: RunConfig, hookpoint: str, d_in: int) -> None:
+    """ConfigError if the artefacts cannot fit beside the activations of this hookpoint that are there already."""
+    t = cfg.tokens
+    splits = [t.explain_tokens, t.calibrate_tokens, t.score_tokens] + ([] if cfg.sae else [t.train_tokens])
+    need = (sum(splits) * 2 + t.test_tokens * 4) * d_in / 1e9
+    need = max(0.0, need - _stored_gb(cfg.root, hookpoint)) + REST_GB
+    free = free_disk_gb(cfg.root)
+    if free < need + SPARE_DISK_GB:
+        raise ConfigError(
+            f"{cfg.root} has {free:.2f} GB free, the run writes about {need:.2f} GB (activations above all) and wants "
+            f"{SPARE_DISK_GB:.1f} GB to spare; "
+            "free some space, choose another --root, or lower --tokens.train-tokens"
+        )
+
+
+def free_disk_gb(root: Path) -> float:
+    """GB free where a folder lies, or will lie."""
+    there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free / 1e9
+
+
+def _stored_gb(root: Path, hookpoint: str) -> float:
+    """Complete activations of this hookpoint: the run goes on with those of its own text, which it has not to write."""
+    found = (f for f in (root / "activations").glob("*") if is_complete(f))
+    stored = [m for m in map(read_manifest, found) if m["config"].get("hookpoint") == hookpoint]
+    return sum(float(entry["bytes"]) for m in stored for entry in m["files"].values()) / 1e9
 
 
 def hookpoint_of(cfg: RunConfig, lm: LanguageModel, given: Sequence[SAE]) -> str:

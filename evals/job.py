@@ -7,24 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from evals import leaderboard
-from evals.checks import check_before_loading
+from evals.checks import check_before_loading, check_disk
 from evals.interp import Interpretation
 from evals.measure import Elsewhere, select
 from evals.more_probes import check_tasks
 from evals.random_model import measure_random_model
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
-from evals.stages import Pipeline, free_disk_gb, lm_description
+from evals.stages import Pipeline, lm_description
 from evals.worker import measure
 from evals.world import all_subjects, make_measurement
 from sae import console
 from sae.config import to_dict
 from sae.engines import check_engine
-from sae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 EXIT_OK, EXIT_FAILED = 0, 1
-SPARE_DISK_GB = 0.5
 
 
 def run_job(cfg: RunConfig) -> int:
@@ -38,7 +36,7 @@ def run_job(cfg: RunConfig) -> int:
         lm = stages.lm()
         stage.note = f"{lm.name}, {stages.hookpoint}, {lm_description(lm)['dtype']}"
         log.notes["lm"] = lm_description(lm) | {"hookpoint": stages.hookpoint}
-    _check_disk(cfg, lm.check_hookpoint(stages.hookpoint))
+    check_disk(cfg, stages.hookpoint, lm.check_hookpoint(stages.hookpoint))
     if (more := check_tasks(cfg, stages)) is not None:
         log.notes["more_tasks"] = more
     needs = frozenset().union(*(e.needs for e in evaluations))
@@ -56,20 +54,6 @@ def run_job(cfg: RunConfig) -> int:
     log.write()
     summarise(log, paths)
     return EXIT_FAILED if log.failures else EXIT_OK
-
-
-def _check_disk(cfg: RunConfig, d_in: int) -> None:
-    """ConfigError if the artefacts cannot fit: better now than after an hour."""
-    t = cfg.tokens
-    splits = [t.explain_tokens, t.calibrate_tokens, t.score_tokens] + ([] if cfg.sae else [t.train_tokens])
-    need = (sum(splits) * 2 + t.test_tokens * 4) * d_in / 1e9 + 0.3
-    free = free_disk_gb(cfg.root)
-    if free < need + SPARE_DISK_GB:
-        raise ConfigError(
-            f"{cfg.root} has {free:.2f} GB free, the run writes about {need:.2f} GB (activations above all) and wants "
-            f"{SPARE_DISK_GB:.1f} GB to spare; "
-            "free some space, choose another --root, or lower --tokens.train-tokens"
-        )
 
 
 def _prepare(stages: Pipeline, interpretation: Interpretation | None, needs: frozenset[str]) -> None:

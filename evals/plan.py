@@ -16,12 +16,11 @@ from autointerp.embedding_near import POOL_WINDOWS
 from autointerp.estimate import planned, total
 from autointerp.ledger import load_prices
 from autointerp.vllm_engine import engines_planned
-from evals.checks import applicable, check_before_loading, check_context, hookpoint_of
+from evals.checks import applicable, check_before_loading, check_context, check_disk, free_disk_gb, hookpoint_of
 from evals.effects import T_POSITIONS
 from evals.more_tasks import named
 from evals.probe_activations import ProbeConfig
 from evals.run_config import RunConfig
-from evals.stages import free_disk_gb
 from sae import console, loading
 from sae.base import SAE
 from sae.errors import ConfigError
@@ -272,4 +271,5 @@ def print_plan(cfg: RunConfig) -> None:
         console.say(engines)
     if cost := _cost_text(cfg, lm.tokenizer):
         console.say(cost)
+    check_disk(cfg, hookpoint, d_in)
     console.say("Stages that are complete under the same configuration are reused; nothing was run.")

@@ -4,7 +4,6 @@ Stages meet as files; what is kept here between them are open handles, not resul
 """
 
 import logging
-import shutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -280,13 +279,6 @@ class Pipeline:
 
 def dtype_name(lm: LanguageModel) -> str:
     return str(lm.dtype).removeprefix("torch.")
-
-
-def free_disk_gb(root: Path) -> float:
-    root = Path(root).absolute()
-    while not root.exists():
-        root = root.parent
-    return shutil.disk_usage(root).free / 1e9
 
 
 def lm_description(lm: LanguageModel) -> dict[str, Any]:

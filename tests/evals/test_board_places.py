@@ -1,4 +1,4 @@
-"""A root with several texts or several hookpoints: floors of the own text, names that say where, a best of each."""
+"""Several texts or hookpoints below one root: floors of the own text, names that say where, a best of each place."""
 
 import json
 import shutil

@@ -14,6 +14,7 @@ from evals.run_all import main
 from evals.run_config import RunConfig, tiny
 from sae.errors import ConfigError, DataError, SaescopeError
 from sae.language_model import LanguageModel
+from sae.manifest import writing
 
 
 @pytest.fixture
@@ -84,6 +85,22 @@ def test_rows_longer_than_the_model_reads(cfg: RunConfig, tiny_gpt2: LanguageMod
     long = replace(cfg, tokens=replace(cfg.tokens, context_tokens=128))
     with pytest.raises(ConfigError, match="reads at most 64 tokens, rows have 128; give --tokens.context-tokens 64"):
         checks.check_context(long, tiny_gpt2)
+
+
+def test_a_disk_that_is_nearly_full(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a finished run has stored needs no room again: it can be repeated on a disk that it has filled."""
+    monkeypatch.setattr(checks, "free_disk_gb", lambda root: 0.85)
+    checks.check_disk(cfg, "layers.1", 32)  # 41,000 tokens x 32 channels: 3 MB
+    large = replace(cfg, tokens=replace(cfg.tokens, train_tokens=2_000_000))
+    with pytest.raises(ConfigError, match=r"0\.85 GB free, the run writes about 0\.43 GB"):
+        checks.check_disk(large, "layers.1", 32)
+    with writing(cfg.root / "activations" / "k", kind="activations", key="k", stage_version=1,
+                 config={"hookpoint": "layers.1"}) as out:  # fmt: skip
+        with open(out.path / "shard", "wb") as file:
+            file.truncate(128_000_000)  # a hole: no block of the disk is used
+    checks.check_disk(large, "layers.1", 32)
+    with pytest.raises(ConfigError, match="free some space"):
+        checks.check_disk(large, "layers.2", 32)
 
 
 def test_the_plan_lists_what_would_run(
