@@ -186,7 +186,9 @@ class Pipeline:
     @cached_property
     def random_sae(self) -> SAE:
         """The floor: isotropic unit decoder, encoder its transpose, same F and L0 as the first SAE (AUTOINTERP 5.4)."""
-        sae = random_like(self.trained[0], self.cfg.seed, self.reference_sample)
+        # a given SAE's id does not say on which text its floor is scaled here
+        sample = self.store(self.reference_split).key if self.cfg.sae else ""
+        sae = random_like(self.trained[0], self.cfg.seed, self.reference_sample, sample)
         folder = self.root / "saes" / sae.sae_id
         if not is_complete(folder) or self.cfg.force:
             key = folder.name.rpartition(".")[2]

@@ -333,12 +333,13 @@ def step_loss(
 
 
 @torch.no_grad()
-def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
+def random_like(sae: SAE, seed: int, x_sample_ND: Tensor, sample: str = "") -> SAE:
     """The random-SAE floor (METRICS A): an untrained TopK SAE of the same size and L0 as ``sae``.
 
     Unit random decoder rows, encoder = decoder transposed, b_enc 0, b_dec the mean of the normalised sample, values
     scaled by one least-squares factor on the raw-x sample ``x_sample_ND`` (folded into the encoder). K is that of
-    ``sae``, or its rounded mean L0 on the sample where it has none. ``sae_id`` is ``baseline.random_sae.<8 hex>``.
+    ``sae``, or its rounded mean L0 on the sample where it has none. ``sae_id`` is ``baseline.random_sae.<8 hex>``;
+    ``sample`` names the sample for it where the id of ``sae`` does not, which was then trained on other text.
     For a transcoder it is an SAE of the transcoder's inputs.
     """
     if len(x_sample_ND) == 0:
@@ -347,7 +348,8 @@ def random_like(sae: SAE, seed: int, x_sample_ND: Tensor) -> SAE:
     if sae.activation != "topk" or k is None:  # elsewhere k is a mean or an aim
         active = int((sae.encode_sparse(x_sample_ND).values_NK > 0).sum())
         k = min(max(1, round(active / len(x_sample_ND))), sae.d_sae)
-    key = key_of("random_sae", RANDOM_SAE_VERSION, {"seed": seed, "k": k}, {"sae": sae.sae_id})
+    inputs = {"sae": sae.sae_id} | ({"sample": sample} if sample else {})
+    key = key_of("random_sae", RANDOM_SAE_VERSION, {"seed": seed, "k": k}, inputs)
     own = sae.cfg
     if sae.transcodes:  # its floor is a random SAE of what it reads: random latents beside learned ones
         norm = replace(own.input_norm, scale_out=own.input_norm.scale_in)

@@ -174,6 +174,15 @@ def test_random_like_has_the_size_and_l0_and_none_of_the_skill(architecture: str
     assert not any(p.requires_grad for p in found.parameters())
 
 
+def test_a_random_sae_scaled_on_other_text_is_another() -> None:
+    """A run with --sae found the floor that an earlier run below the same root had fitted to other texts."""
+    sae, x = make(dtype=torch.float32, k=K), planted(n=200, d=D, g=16, l0=3).x_ND
+    own, here, there = random_like(sae, 0, x), random_like(sae, 0, x, "a"), random_like(sae, 0, 2 * x, "b")
+    assert len({own.sae_id, here.sae_id, there.sae_id}) == 3
+    assert torch.equal(own.W_enc_FD if hasattr(own, "W_enc_FD") else own.W_enc_DF,
+                       here.W_enc_FD if hasattr(here, "W_enc_FD") else here.W_enc_DF)  # fmt: skip
+
+
 def test_random_like_without_a_sample() -> None:
     with pytest.raises(DataError, match="sample"):
         random_like(make(dtype=torch.float32), 0, torch.zeros(0, D))
