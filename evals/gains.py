@@ -64,7 +64,8 @@ def paired_interval(value: Cell, floor: Cell, draws: Draws | None) -> tuple[floa
     delta = delta[np.isfinite(delta)]
     if len(delta) < 0.95 * len(a):
         return None
-    return float(np.quantile(delta, 0.025)), float(np.quantile(delta, 0.975))
+    low, high = np.quantile(delta, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def gain_of(column: "Column", value: Cell, floor: Cell, draws: Draws | None = None) -> Gain | None:

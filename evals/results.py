@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -262,8 +262,9 @@ def read_draws(root: Path, sae_id: str, eval_name: str, run_key: str, metric: st
 
 
 def draws_below(root: Path) -> "Callable[[str, str, str, str, str], np.ndarray | None]":
-    """:func:`read_draws` of one results folder."""
-    return lambda *source: read_draws(root, *source)
+    """:func:`read_draws` of one results folder that does not change meanwhile. What was asked for is kept, 4 R bytes
+    each: a page that compares all pairs of SAEs asks for each as often as there are SAEs."""
+    return cache(lambda *source: read_draws(root, *source))
 
 
 def pairing_of(manifest: Mapping[str, Any]) -> str:

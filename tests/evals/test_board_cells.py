@@ -1,9 +1,11 @@
 """Cells and subjects of a board of many SAEs are those that one look at the rows per cell finds."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from synthetic_results import RELU, TOPK, write_run
 
+from evals import results
 from evals.board import PROVENANCE, build_board, newest, plain, slice_parts
 from evals.gains import NOT_RUN
 from evals.results import load_results
@@ -12,10 +14,10 @@ from evals.results import load_results
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     """Two SAEs eleven times over with other values, in disorder; some were measured twice, some by two commits."""
-    results = load_results(write_run(tmp_path_factory.mktemp("cells") / "results"))
-    parts = [results]
+    measured = load_results(write_run(tmp_path_factory.mktemp("cells") / "results"))
+    parts = [measured]
     for n in range(10):
-        copy = results[results["sae_id"].isin([TOPK, RELU])].copy()
+        copy = measured[measured["sae_id"].isin([TOPK, RELU])].copy()
         copy["sae_id"] = copy["sae_id"] + f"-{n}"
         copy["value"] += 0.01 * n
         copy["n_failed"] += n
@@ -60,3 +62,19 @@ def test_provenance_names_every_run_of_a_subject(rows: pd.DataFrame) -> None:
         commits = {str(c) for c in mine["code_sha"] if plain(c) is not None}
         assert all(c in subject.provenance["code_sha"] for c in commits)
         assert ("other" in subject.provenance["code_sha"]) == ("other" in commits)
+
+
+def test_draws_are_read_from_disk_once(tmp_path, monkeypatch) -> None:
+    """A page of all pairs asks for each as often as there are SAEs, of more files than the cache of files holds."""
+    sources = [(f"sae{n}", "reconstruction", "key", "fvu", "test") for n in range(3)]
+    for n, source in enumerate(sources):
+        folder = results.row_dir(tmp_path, *source[:3])
+        folder.mkdir(parents=True)
+        results.write_draws(folder, {"fvu|test": np.arange(5) + n})
+    reads = []
+    monkeypatch.setattr(results, "_read_draws", lambda path, _: reads.append(path) or dict(np.load(path)))
+    draws = results.draws_below(tmp_path)
+    for _ in range(4):
+        assert [draws(*source).tolist() for source in sources] == [[n, n + 1, n + 2, n + 3, n + 4] for n in range(3)]
+        assert draws("sae0", "reconstruction", "key", "l0", "test") is None and draws("no", *sources[0][1:]) is None
+    assert len(reads) == 4  # three arrays, and one look for a metric without any
