@@ -9,12 +9,15 @@ evaluation's version and write a new file with
 import csv
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from believable import complaints
 from golden_worlds import CONTEXTS
 from memory_cache import MemoryCache
 from memory_store import context, info, memory_store
@@ -112,6 +115,7 @@ def test_values_of_reconstructions_from_patterns_are_those_of_the_version(world,
 def check_golden(evaluation: Any, rows: list[Any]) -> None:
     name = evaluation.name
     found = {f"{r.metric}|{r.slice}|{r.split}": r.failure if r.value is None else r.value for r in rows}
+    assert complaints(pd.DataFrame([asdict(r) for r in rows]), {(name, m.name): m for m in evaluation.metrics}) == []
     assert any(isinstance(v, float) and v not in (0.0, 1.0) for v in found.values())
     path = GOLDENS / f"{name}.v{evaluation.version}.json"
     if os.environ.get("SAESCOPE_WRITE_GOLDENS") and not path.exists():
