@@ -91,14 +91,17 @@ class Subject(Protocol):
     def features(self, x_ND: "torch.Tensor", columns: "torch.Tensor | None" = None) -> "torch.Tensor": ...
 
 
+def provided(transcodes: bool) -> frozenset[str]:
+    """What an SAE gives, or a transcoder, whose output lies elsewhere: it reconstructs nothing of what it reads."""
+    return PROVIDES - ({"reconstruct", "directions"} if transcodes else {"transcode"})
+
+
 class SAESubject:
     """An SAE or a transcoder as a subject. Input may lie on another device; answers come back to it."""
 
     def __init__(self, sae: "SAE", info: SubjectInfo) -> None:
         self.sae, self.info = sae, info
-        # A transcoder's output lies elsewhere: it reconstructs nothing of what it reads.
-        elsewhere = {"reconstruct", "directions"} if sae.transcodes else {"transcode"}
-        self.provides: frozenset[str] = PROVIDES - elsewhere
+        self.provides = provided(sae.transcodes)
 
     def _here(self, x: "torch.Tensor") -> "torch.Tensor":
         return x.to(self.sae.W_dec_FD.device)

@@ -3,13 +3,14 @@
 The run and its ``--dry-run`` ask the same questions.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from autointerp import pipeline
-from evals.base import Eval
+from evals.base import Eval, provided
 from evals.measure import select
 from evals.probe_activations import OwnTask, ProbeConfig
 from evals.run_config import RunConfig
@@ -19,6 +20,7 @@ from sae.errors import ConfigError
 from sae.language_model import LanguageModel
 from sae.manifest import is_complete, read_manifest
 
+logger = logging.getLogger(__name__)
 SPARE_DISK_GB = 0.5
 REST_GB = 0.3
 """All but activations: SAEs, latents, rows, pages."""
@@ -120,12 +122,24 @@ def hookpoint_of(cfg: RunConfig, lm: LanguageModel, given: Sequence[SAE]) -> str
     width = lm.check_hookpoint(hookpoint)
     for sae in given:
         _check_sae(cfg, lm, sae, hookpoint, width)
+    _check_asked(cfg, given)
     ids = [sae.sae_id for sae in given]
     for path, name in zip(cfg.sae, ids, strict=True):
         if ids.count(name) > 1:
             same = ", ".join(p for p, i in zip(cfg.sae, ids, strict=True) if i == name)
             raise ConfigError(f"{same} hold the same SAE ({name}); name it once, beginning with {path}")
     return hookpoint
+
+
+def _check_asked(cfg: RunConfig, given: Sequence[SAE]) -> None:
+    """Evaluations asked for that measure none of the SAEs given, only floors: told, or an error if all are such."""
+    asked = select(cfg.evals) if cfg.evals and given else []
+    idle = [e.name for e in asked if not any(e.uses <= provided(sae.transcodes) for sae in given)]
+    kind = "transcoders, and takes SAEs" if given and given[0].transcodes else "SAEs, and takes transcoders"
+    if idle and len(idle) == len(asked):
+        raise ConfigError(f"--evals {' '.join(idle)} can measure none of the {kind}; ask for others (see --list)")
+    for name in idle:
+        logger.warning("--evals %s can measure none of the %s: it measures floors alone", name, kind)
 
 
 def _check_sae(cfg: RunConfig, lm: LanguageModel, sae: SAE, hookpoint: str, width: int) -> None:

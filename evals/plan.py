@@ -200,8 +200,12 @@ def memory_gb(cfg: RunConfig, lm: LanguageModel, d_in: int) -> float:
     saes = (len(cfg.sae) or len(cfg.train_configs())) * 2 * d_in * cfg.train.d_sae * 4 * copies
     block = 3 * cfg.train.batch_tokens * cfg.train.d_sae * 4
     logits = 2 * 1024 * lm.vocab_size * 4
-    mapped = 2 * d_in * sum(cfg.tokens.split_tokens(s) for s in SPLITS)  # pages of the stores that were read
-    return 1.25 * (1.1e9 + lm_bytes + saes + max(block, logits) + mapped) / 1e9
+    return 1.25 * (1.1e9 + lm_bytes + saes + max(block, logits)) / 1e9 + mapped_gb(cfg, d_in)
+
+
+def mapped_gb(cfg: RunConfig, d_in: int) -> float:
+    """Part of it: pages of the stores that were read, which the system drops when it wants the room."""
+    return 1.25 * 2 * d_in * sum(cfg.tokens.split_tokens(s) for s in SPLITS) / 1e9
 
 
 def _cost_text(cfg: RunConfig, tokenizer: Any) -> str:
@@ -263,8 +267,10 @@ def print_plan(cfg: RunConfig) -> None:
         rows,
         right=(1, 2, 3),
     )
+    memory, mapped = memory_gb(cfg, lm, d_in), mapped_gb(cfg, d_in)
+    pages = f", {mapped:.1f} of them pages of activations that need not stay" if mapped > 0.1 * memory else ""
     console.say(
-        f"memory: about {memory_gb(cfg, lm, d_in):.1f} GB; "
+        f"memory: about {memory:.1f} GB{pages}; "
         f"disk: {disk:.2f} GB of {free_disk_gb(Path(cfg.root)):.1f} GB free"
     )
     if engines:

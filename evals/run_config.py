@@ -32,7 +32,8 @@ class RunConfig:
     hookpoint: str | None = None
     """Module path below the decoder, e.g. layers.15 (its output) or layers.3.mlp:in; default: the middle block."""
     texts: str = "default"
-    """`default`, a file or folder of txt/jsonl/csv/parquet, or hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
+    """`default`, a file or folder of jsonl/csv/parquet (a document per row) or txt (one per file), or
+    hf:REPO[/CONFIG]:SPLIT[:COLUMN][@REV]."""
     sae: tuple[str, ...] = ()
     """Folders, files or hub ids (org/repo[/subfolder][@revision]) of SAEs to evaluate instead of training, of any
     format that sae.load reads."""

@@ -145,6 +145,25 @@ def test_where_given_saes_are_measured(cfg: RunConfig, tiny_lm: LanguageModel) -
     assert checks.hookpoint_of(replace(two, hookpoint="layers.1"), tiny_lm, [a, imported("b", None)]) == "layers.1"
 
 
+def test_an_evaluation_asked_for_measures_one_of_the_saes_given(
+    cfg: RunConfig, tiny_lm: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not its floors alone: a transcoder has no reconstruction of what it reads."""
+    sae, transcoder = imported("a", "layers.1"), imported("b", "layers.1")
+    transcoder.transcodes, transcoder.cfg.meta.hookpoint_out = True, None
+    asked = replace(cfg, sae=("x",), evals=("reconstruction",))
+    assert checks.hookpoint_of(asked, tiny_lm, [sae]) == "layers.1"
+    with pytest.raises(ConfigError, match="reconstruction can measure none of the transcoders, and takes SAEs"):
+        checks.hookpoint_of(asked, tiny_lm, [transcoder])
+    with pytest.raises(ConfigError, match="transcoding can measure none of the SAEs, and takes transcoders"):
+        checks.hookpoint_of(replace(asked, evals=("transcoding",)), tiny_lm, [sae])
+    both = replace(asked, sae=("x", "y"), evals=("transcoding", "reconstruction"))
+    assert not caplog.records
+    assert checks.hookpoint_of(replace(both, sae=("x",)), tiny_lm, [sae]) == "layers.1"
+    assert "transcoding can measure none of the SAEs, and takes transcoders: it measures floors alone" in caplog.text
+    assert checks.hookpoint_of(both, tiny_lm, [sae, transcoder]) == "layers.1"
+
+
 def test_one_sae_given_twice(cfg: RunConfig, tiny_lm: LanguageModel) -> None:
     twice = [imported("a", "layers.1"), imported("a", "layers.1")]
     with pytest.raises(ConfigError, match=r"x, copy/x hold the same SAE \(a\)"):
