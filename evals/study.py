@@ -75,7 +75,7 @@ class StudyConfig:
         """One per sparsity."""
         base = self.base or PRESET_FUNCTIONS[self.preset]()
         evals = self.evals or tuple(every_evaluation())
-        return [
+        runs = [
             replace(
                 base, root=self.root, model=self.model, texts=self.texts, architectures=self.architectures,
                 train_seeds=self.seeds, evals=evals, random_model=self.random_model, engine=self.engine,
@@ -84,6 +84,14 @@ class StudyConfig:
             )  # fmt: skip
             for s in self.sparsities
         ]
+        return runs if self.evals else [_measurable(run) for run in runs]
+
+
+def _measurable(run: RunConfig) -> RunConfig:
+    """Without the evaluations that this preset has nothing for: `tiny` names no probe task."""
+    from evals.checks import applicable
+
+    return replace(run, evals=tuple(e.name for e in applicable(run)[0]))
 
 
 def every_evaluation() -> list[str]:

@@ -150,6 +150,15 @@ def test_published_pages_show_the_latents_asked_for_alone(tmp_path: Path) -> Non
     assert not any(RELU in p for p in pages if p.startswith("latent")) and any(RELU in p for p in pages)
 
 
+def test_a_study_asks_for_what_its_preset_has() -> None:
+    """The preset tiny names no probe task; a run refuses to be asked for what it cannot measure."""
+    probed = {"probe_loss", "sparse_probing"}
+    found = {preset: set(StudyConfig(preset=preset).runs()[1].evals) for preset in ("tiny", "quick")}
+    assert not probed & found["tiny"] and found["quick"] - found["tiny"] == probed
+    assert "seed_stability" in found["tiny"]
+    assert StudyConfig(preset="tiny", evals=("probe_loss",)).runs()[0].evals == ("probe_loss",)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_tiny_study_from_end_to_end(tmp_path: Path) -> None:
