@@ -24,7 +24,7 @@ class ExemplarConfig:
     """Quantile groups."""
     explain_top: int = 10
     explain_silent: int = 10
-    explain_random: int = 8
+    explain_random: int = 16
     """Random positive activations, for N2G."""
     calibrate_positive: int = 10
     calibrate_silent: int = 10

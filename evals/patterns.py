@@ -46,6 +46,11 @@ def read_patterns(ctx: "EvalContext") -> Patterns:
     return found
 
 
+def pairs_used(ctx: "EvalContext") -> int:
+    """From how many activations the patterns of :func:`read_patterns` are built."""
+    return _explained(ctx)[1]
+
+
 def patterns_of(ctx: "EvalContext", latents: Iterable[int]) -> Patterns:
     """Patterns of ``latents``: those that :func:`read_patterns` has, the others built now from as many activations.
 
@@ -56,7 +61,7 @@ def patterns_of(ctx: "EvalContext", latents: Iterable[int]) -> Patterns:
     rest = [i for i in wanted if i not in parts[0].found and i not in parts[0].failures]
     for start in range(0, len(rest), BUILT_AT_ONCE):
         group = rest[start : start + BUILT_AT_ONCE]
-        parts.append(ctx.memo(_memo_key(ctx, *group), partial(_build, ctx, group, _explained(ctx)[1])))
+        parts.append(ctx.memo(_memo_key(ctx, *group), partial(_build, ctx, group, pairs_used(ctx))))
     found = {i: p.found[i] for p in parts for i in wanted if i in p.found}
     failures = {i: p.failures[i] for p in parts for i in wanted if i in p.failures}
     return Patterns(found, failures)

@@ -15,7 +15,7 @@ import numpy as np
 from evals import n2g_scores, uncertainty
 from evals.base import EvalContext, EvalResult, RowMaker
 from evals.n2g_scores import Confusion, Firing
-from evals.patterns import LATENTS, PAIRS, latent_cache, read_patterns
+from evals.patterns import LATENTS, PAIRS, latent_cache, pairs_used, read_patterns
 from evals.results import Estimate, Metric
 from sae.console import track
 from sae.manifest import content_of, rng
@@ -75,7 +75,7 @@ class N2G:
 
     name = "n2g"
     title = "N2G explainability"
-    version = 2
+    version = 3
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"interp", "scores", "lm"})
     uses = frozenset({"sparse"})
@@ -97,7 +97,8 @@ class N2G:
 
         cache = latent_cache(ctx)
         patterns, failures = read_patterns(ctx)
-        table = pd.DataFrame(latent_rows(cache, patterns, ctx.seed))
+        n_pairs = pairs_used(ctx)
+        table = pd.DataFrame(latent_rows(cache, patterns, ctx.seed, n_pairs))
         rows = RowMaker(self, ctx)
         if table.empty:
             code = max(set(failures.values()), key=list(failures.values()).count) if failures else "too_few_positive"
@@ -108,7 +109,7 @@ class N2G:
         failed = pd.DataFrame({"latent": sorted(failures), "failure": [failures[i] for i in sorted(failures)]})
         details = pd.concat([_details(table), failed], ignore_index=True)
         counts = {
-            "n_latents": len(table), "n_failed_builds": len(failures), "n_eligible": int(len(cache.eligible())),
+            "n_pairs": n_pairs, "n_latents": len(table), "n_failed_builds": len(failures), "n_eligible": int(len(cache.eligible())),
             "n_silent": int((table.n_fires == 0).sum()) if len(table) else 0,
             "n_low_support": int(table.n_fires.between(1, n2g_scores.LOW_SUPPORT - 1).sum()) if len(table) else 0,
             "n_tokens": int(np.asarray(cache.keep("score")).sum()),
@@ -116,8 +117,11 @@ class N2G:
         return EvalResult(rows=rows.rows, details=details, counts=counts)
 
 
-def latent_rows(cache: "LatentCache", patterns: "Mapping[int, PatternSet]", seed: int) -> list[dict[str, Any]]:
-    """What each latent's patterns, and the floors, reach on the split score; ascending by latent."""
+def latent_rows(
+    cache: "LatentCache", patterns: "Mapping[int, PatternSet]", seed: int, n_pairs: int = PAIRS
+) -> list[dict[str, Any]]:
+    """What each latent's patterns, and the floors, reach on the split score; ascending by latent. ``n_pairs``:
+    activations that the floor of single tokens is built from, as many as the patterns had."""
     from autointerp.exemplars import draw_pairs
     from autointerp.n2g import token_patterns
     from autointerp.n2g_patterns import TokenIndex
@@ -139,7 +143,7 @@ def latent_rows(cache: "LatentCache", patterns: "Mapping[int, PatternSet]", seed
         row["n2g_pearson"] = n2g_scores.pearson(predicted, active[latent], n_tokens)
         row |= _shape(patterns[latent])
         row["floor_always_f1"] = n2g_scores.always_f1(found.density)
-        one_token = token_patterns(draw_pairs(cache, latent, PAIRS, seed=seed), pad_id=patterns[latent].pad_id)
+        one_token = token_patterns(draw_pairs(cache, latent, n_pairs, seed=seed), pad_id=patterns[latent].pad_id)
         row |= _columns("floor_token", _measure(one_token, index, keep_N, active[latent])[0])
         if latent in partner:
             other = _measure(patterns[partner[latent]], index, keep_N, active[latent])[0]

@@ -201,7 +201,7 @@ class N2GLoss:
 
     name = "n2g_loss"
     title = "Explanation reconstruction"
-    version = 1
+    version = 2
     metrics: tuple[Metric, ...] = METRICS
     needs = frozenset({"interp", "scores", "lm", "test", "train_text"})
     uses = frozenset({"sparse", "reconstruct"})

@@ -205,7 +205,7 @@ def test_explained_latents_are_completed_to_the_number_of_the_preset(cache, monk
     """Patterns of two explained latents are read (one had failed); the others of the draw are built, with as many
     activations as those two had, and never an explained one again."""
     from autointerp.records import Explanation, Failure
-    from evals.suite.n2g import read_patterns
+    from evals.suite.n2g import pairs_used, read_patterns
 
     told = [
         Explanation(explanation_id="a", sae_id="planted", latent=0, explainer="n2g", exemplar_ids=("x", "y", "z"),
@@ -243,5 +243,5 @@ def test_explained_latents_are_completed_to_the_number_of_the_preset(cache, monk
         assert failures == {4: "n2g_degenerate"} and found[0].patterns == TRUTH[0].patterns
         assert set(found) == ({0} if wanted == 2 else {0, 1, 2, 3})
         assert set(asked) == (set() if wanted == 2 else {1, 2, 3})
-    assert [len(pairs) for pairs in drawn] == [3, 3, 3]
+    assert [len(pairs) for pairs in drawn] == [3, 3, 3] and pairs_used(ctx) == 3
     assert all(p.ids == (7,) for p in found[1].patterns), "the last token of a bigram suffices for this judge"
