@@ -28,4 +28,4 @@ def test_saes_are_scored_against_a_known_dictionary(tiny_world: list[str], tmp_p
     assert {r["architecture"] for r in rows if r["kind"] == "sae"} == {"topk"}
     assert all(0 <= r["value"] <= 1 for r in rows if r["metric"] == "mcc" and r["value"] is not None)
     without = run(tmp_path / "r", tiny_world)
-    assert without.returncode == 1 and "no known dictionary" in without.stdout + without.stderr
+    assert without.returncode == 2 and "no known dictionary; give --truth" in without.stderr
