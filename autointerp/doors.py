@@ -148,7 +148,7 @@ class _Spent:
 def _places(options: argparse.Namespace, spent: _Spent) -> Iterator[tuple["Workplace", "Opened"]]:
     """Per SAE its place, with what the SAEs before have left of the budget. Checks all that needs no model first."""
     from autointerp.engine_options import engine_options
-    from autointerp.retries import check_base_url
+    from autointerp.retries import check_base_url, why_silent
     from autointerp.vllm_engine import engines_planned
     from autointerp.workplace import ONE_PROCESS_CLIENTS, SERVER_CLIENTS, Workplace, forget_clients, opened
     from sae.engines import check_engine
@@ -169,6 +169,8 @@ def _places(options: argparse.Namespace, spent: _Spent) -> Iterator[tuple["Workp
         console.say(planned) if options.dry_run else logger.info("%s", planned)
     if options.client == "batch":
         forget_clients()
+    if options.client == "openai" and (silence := why_silent(options.base_url)):
+        logger.warning("%s", silence)
     sae_ids = _sae_ids(options)
     if not options.dry_run:
         check_engine(options.engine, gpus=float(options.device.startswith("cuda")), shared=[options.root])

@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from sae.errors import ConfigError
 
@@ -19,6 +21,7 @@ MAX_DETAIL_CHARS = 300
 CONNECTIONS_PER_LINE = 8
 PACE_S = 0.0015
 """Between the starts of two requests: about the processor time of one."""
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,24 @@ def check_base_url(url: str | None) -> None:
             f"the base URL of {parts.hostname} holds a user, a password or a query; keys are read from {KEY_VARIABLE}, "
             "and a URL that needs more than that from OPENAI_BASE_URL"
         )
+
+
+def why_silent(url: str | None) -> str | None:
+    """Why no connection can be made now to the server of a base URL (default: that of OPENAI_BASE_URL), in words; None
+    if one can, or if that cannot be tried: for OpenAI itself, and behind a proxy."""
+    url = url or os.environ.get("OPENAI_BASE_URL")
+    parts = urlsplit(url or "")
+    if not parts.hostname or parts.scheme in getproxies():
+        return None
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        return (
+            f"no server can be reached at {url} ({getattr(error, 'strerror', None) or error}): start it, or give "
+            "another base URL; without it only what was asked before has an answer"
+        )
+    return None
 
 
 def retry_after_s(headers: Any) -> float | None:

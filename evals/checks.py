@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autointerp import pipeline
+from autointerp.retries import why_silent
 from evals.base import Eval, provided
 from evals.measure import select
 from evals.probe_activations import OwnTask, ProbeConfig
@@ -49,6 +50,8 @@ def check_before_loading(cfg: RunConfig) -> None:
     if any("scores" in e.needs for e in evaluations):
         plugins.find("autointerp.clients", cfg.interp.client)
         pipeline.plugins_of(cfg.interp)
+        if cfg.interp.client == "openai" and (silence := why_silent(cfg.interp.base_url)):
+            logger.warning("%s", silence)  # no error: all may be in the reply cache, or the server be on its way
 
 
 def applicable(cfg: RunConfig) -> tuple[list[Eval], dict[str, str]]:

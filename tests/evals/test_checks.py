@@ -1,6 +1,7 @@
 """What a run refuses before it loads a model, what its plan lists, and what it says after loading."""
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,21 @@ def test_a_good_run_passes_and_nothing_is_written(cfg: RunConfig) -> None:
 def test_refused_before_a_model_is_loaded(cfg: RunConfig, changes: dict, says: str) -> None:
     with pytest.raises(SaescopeError, match=says):
         checks.check_before_loading(replace(cfg, **changes))
+
+
+def test_a_server_that_is_not_there_is_told_at_once_and_no_error(cfg: RunConfig, caplog) -> None:
+    """All its answers may lie in the reply cache. One that listens is not spoken of; another client needs none."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        asked = replace(cfg, interp=replace(cfg.interp, client="openai", llm="x", base_url=url))
+        checks.check_before_loading(asked)
+        assert f"no server can be reached at {url} (Connection refused)" in caplog.text
+        caplog.clear()
+        server.listen()
+        checks.check_before_loading(asked)
+    checks.check_before_loading(cfg)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(("changes", "says"), [
