@@ -109,7 +109,8 @@ class N2G:
         failed = pd.DataFrame({"latent": sorted(failures), "failure": [failures[i] for i in sorted(failures)]})
         details = pd.concat([_details(table), failed], ignore_index=True)
         counts = {
-            "n_pairs": n_pairs, "n_latents": len(table), "n_failed_builds": len(failures), "n_eligible": int(len(cache.eligible())),
+            "n_pairs": n_pairs, "n_latents": len(table), "n_failed_builds": len(failures),
+            "n_eligible": int(len(cache.eligible())),
             "n_silent": int((table.n_fires == 0).sum()) if len(table) else 0,
             "n_low_support": int(table.n_fires.between(1, n2g_scores.LOW_SUPPORT - 1).sum()) if len(table) else 0,
             "n_tokens": int(np.asarray(cache.keep("score")).sum()),
