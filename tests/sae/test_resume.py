@@ -368,7 +368,9 @@ def test_a_process_killed_at_random_moments_loses_nothing(n_kills: int, tmp_path
         return max((n for n, _ in resume._steps(runs[0])), default=0)
 
     steps, half_written = [0], 0
-    for _ in range(n_kills):
+    for kill in range(3 * n_kills):
+        if kill >= n_kills and half_written >= n_kills // 4:  # few kills may all miss the writing: some more then
+            break
         process = context.Process(target=killable.train, args=(str(tmp_path), cfgs))
         process.start()
         while process.is_alive() and reached() <= steps[-1]:
