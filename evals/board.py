@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from evals.columns import HEADLINE, ColumnSpec
 from evals.gains import NOT_RUN, Cell, Draws, Gain, gain_of
-from evals.results import current_versions
+from evals.results import PLACE, current_versions
 from evals.uncertainty import MIN_UNITS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PLACE = ("lm", "lm_revision", "hookpoint")
 MATCHED_L0 = (8, 16, 32, 64, 128, 256)
 SUBJECT_FIELDS = (
     "sae_id",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evals.columns import ColumnSpec
+from evals.results import PLACE, current_versions, draws_below, load_results
 from sae.errors import ArtefactError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
     from evals.results import Estimate
 
 LEVEL = 0.05
-TRAINED_ALIKE = ("lm", "lm_revision", "hookpoint", "architecture", "d_in", "d_sae", "k", "train_tokens")
-SAME_PLACE = ("lm", "lm_revision", "hookpoint")
+TRAINED_ALIKE = (*PLACE, "architecture", "d_in", "d_sae", "k", "train_tokens")
 Scope = Literal["", "one training seed", "real", "within seed noise"]
 
 
@@ -157,8 +157,6 @@ def wanted_columns(results: "pd.DataFrame", everything: bool) -> "list[Column]":
 def compare(root: Path, a_text: str, b_text: str, *, everything: bool = False) -> Comparison:
     """Compare two SAEs or cells under ``root``. ArtefactError without rows; ConfigError for names that fit nothing,
     fit too much, or lie at different places of different models."""
-    from evals.results import current_versions, load_results
-
     root = Path(root)
     results = load_results(root)
     if results.empty:
@@ -167,7 +165,7 @@ def compare(root: Path, a_text: str, b_text: str, *, everything: bool = False) -
     if set(a.sae_ids) & set(b.sae_ids):
         raise ConfigError(f"A and B share {', '.join(sorted(set(a.sae_ids) & set(b.sae_ids)))}")
     rows = current_versions(results[results["sae_id"].isin([*a.sae_ids, *b.sae_ids])])
-    for name in SAME_PLACE:
+    for name in PLACE:
         values = sorted(set(map(str, rows[name])))
         if len(values) > 1:
             raise ConfigError(f"A and B differ in {name} ({', '.join(values)}): their numbers are of different things")
@@ -190,7 +188,6 @@ def _l0_line(lines: Sequence[Line]) -> Line | None:
 def _equal_l0(root: Path, results: "pd.DataFrame", lines: Sequence[Line], a: Cell, b: Cell) -> "list[AtOwnL0]":
     from evals.board import build_board
     from evals.matched import at_own_l0
-    from evals.results import draws_below
 
     if _l0_line(lines) is None:
         return []

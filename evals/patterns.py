@@ -73,7 +73,12 @@ def _memo_key(ctx: "EvalContext", *group: int) -> str:
 
 
 def _explained(ctx: "EvalContext") -> tuple[Patterns, int]:
-    """Of the scored explanations by N2G; and from how many activations each was built."""
+    """Of the scored explanations by N2G; and from how many activations each was built. Read once a run."""
+    found: tuple[Patterns, int] = ctx.memo(f"explained.{_memo_key(ctx)}", lambda: _read_explained(ctx))
+    return found
+
+
+def _read_explained(ctx: "EvalContext") -> tuple[Patterns, int]:
     from autointerp.n2g_patterns import PatternSet
 
     mine = []

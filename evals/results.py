@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+PLACE = ("lm", "lm_revision", "hookpoint")
+"""Fields of a row that say of what it is measured: numbers of different places are never ranked or compared."""
 ROWS_FILE = "rows.jsonl"
 DETAILS_FILE = "details.parquet"
 DRAWS_FILE = "draws.npz"

@@ -106,8 +106,7 @@ def publish(root: Path, target: Path, shown: Sequence[str] = ()) -> list[str]:
 
     The pages of all thousand latents would weigh fifty megabytes. Returns what was written; an older copy is replaced.
     """
-    from evals.board import newest
-    from evals.results import current_versions, load_results
+    from evals.study_report import study_rows
 
     target.mkdir(parents=True, exist_ok=True)
     copied = []
@@ -117,8 +116,7 @@ def publish(root: Path, target: Path, shown: Sequence[str] = ()) -> list[str]:
         for source in sorted(root.glob(pattern)):
             shutil.copy2(source, target / source.name)
             copied.append(source.name)
-    rows = newest(current_versions(load_results(root)), "task_set", "seed")
-    rows.to_parquet(target / "rows.parquet", compression="zstd", index=False)
+    study_rows(root).to_parquet(target / "rows.parquet", compression="zstd", index=False)
     _pages(root, target / "site", shown)
     return [*copied, "rows.parquet", "site"]
 

@@ -74,13 +74,17 @@ def cell_value(board: Board, cell: StudyCell, column: Column) -> tuple[float, fl
     return None if found.value is None else (found.value, found.sd)
 
 
+def study_rows(root: Path) -> "pd.DataFrame":
+    """All rows below ``root`` that the study reports and publishes: newest run, versions that are in use."""
+    return newest(current_versions(load_results(root)), "task_set", "seed")
+
+
 def write_report(root: Path, reference: str, penalties: Mapping[tuple[float, float], int],
                  failures: Sequence[str] = ()) -> list[Path]:  # fmt: skip
     """``study.md`` and ``study.json`` below ``root``. ArtefactError without rows."""
-    results = load_results(root)
+    results = study_rows(root)
     if results.empty:
         raise ArtefactError(f"{root} holds no result rows; run the study first")
-    results = newest(current_versions(results), "task_set", "seed")
     board = build_board(results, draws_below(root))
     cells = find_cells(root, board, penalties)
     pairs = []
