@@ -4,16 +4,25 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 RESULTS ?= results
+# A worker per core, at most eight; tests that measure time come afterwards, alone.
+BESIDE := -n auto --maxprocesses 8 --dist worksteal
+PLAIN := not gpu and not llm and not assets and not slow and not browser
+MARKED := (assets or slow) and not gpu and not llm and not mesh and not browser
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: mesh demo test check env lint types imports bench gpu site browser interop llm crosscheck clean
+.PHONY: mesh demo test marked check env lint types imports bench gpu site browser interop llm crosscheck clean
 
 demo: env  ## run the main job on the embedded default: text -> SAEs -> explanations -> scores -> leaderboard and pages
 	$(PY) -m evals.run_all --preset quick --root $(RESULTS)
 
 test: env  ## unit, numeric and contract tests; no network, no key, no GPU
-	$(PY) -m pytest -m "not gpu and not llm and not assets and not slow and not browser"
+	$(PY) -m pytest $(BESIDE) -m "$(PLAIN) and not alone"
+	$(PY) -m pytest -m "$(PLAIN) and alone"
+
+marked: env  ## the tests that take longer or need the assets, as CI runs them (minutes)
+	$(PY) -m pytest $(BESIDE) --timeout=900 --durations=20 -m "$(MARKED) and not alone"
+	$(PY) -m pytest --timeout=900 --durations=8 -m "$(MARKED) and alone"
 
 check: env lint types imports test  ## everything that CI demands, but the marked tests
 

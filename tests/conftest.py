@@ -7,6 +7,8 @@ import pytest
 if not os.path.exists("/dev/nvidia0"):  # before Triton is imported anywhere
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: a worker per core, so that a thread each is what there is
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -79,6 +79,7 @@ def test_module_imports_without_torch(module: str):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("door", DOORS)
 def test_help_is_quick_and_needs_no_torch(door: str):
     """Processor time, best of three: wall time would measure how busy the machine is with the other tests."""

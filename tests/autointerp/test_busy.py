@@ -46,6 +46,7 @@ def busy(latency_s: float) -> tuple[float, float]:
         return runner.run(run())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("latency_s", "least"), [(0.5, 0.9), (0.2, 0.85)])
 def test_the_server_is_kept_busy(monkeypatch: pytest.MonkeyPatch, latency_s: float, least: float) -> None:
     """A processor shared with others takes up to twice as long for the same work: 2 ms a request where it is 1 alone,

@@ -1,6 +1,5 @@
 """The door ``python -m sae train``: grids, existing activations, the prediction and what the run then takes."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paired_costs
 import pytest
 import torch
 from planted_store import META
@@ -26,7 +26,6 @@ SMALL = (
     "--tokens.score-tokens=1024 --tokens.test-tokens=1024 --train.d-sae=64 --train.k=4 --train.batch-tokens=512 "
     "--train.train-tokens=5120 --train.aux-k=8 --train.dead-tokens=4096"
 ).split()
-SUPPORT = Path(__file__).resolve().parent.parent / "support"
 
 
 @pytest.fixture
@@ -97,21 +96,11 @@ def test_kept_tokens_are_counted_before_anything_is_collected(words: list[str]) 
     assert np.isin(store.kept_N, expected).all()
 
 
-def cost(what: str) -> dict[str, float]:
-    paths = f"{SUPPORT}:{SUPPORT.parent.parent}:{SUPPORT.parent.parent / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "cost_probe.py"), what], capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_is_predicted_is_what_is_paid() -> None:
     """Within 20 %, in two processes of which neither knows the other's result."""
-    expected, paid = cost("predict"), cost("pay")
-    for name in ("seconds", "memory", "disk"):
-        assert expected[name] == pytest.approx(paid[name], rel=0.2), (name, expected, paid)
+    paired_costs.assert_near("cost_probe.py")
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu", "batchtopk", "jumprelu", "gated", "matryoshka"])

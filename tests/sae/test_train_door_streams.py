@@ -1,10 +1,8 @@
 """The door ``python -m sae train`` with several hookpoints and with activations on the fly."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import paired_costs
 import pytest
 
 from sae import checkpoint, predict, train_door
@@ -20,7 +18,6 @@ SMALL = (
     "--train.train-tokens=10240 --train.aux-k=8 --train.dead-tokens=4096"
 ).split()
 LIVE = ["--stream.source=live", "--stream.buffer-tokens=4096"]
-SUPPORT = Path(__file__).resolve().parent.parent / "support"
 FILES = (checkpoint.WEIGHTS, checkpoint.CFG, checkpoint.REFERENCE)
 
 
@@ -177,19 +174,9 @@ def test_streams_that_do_not_exist() -> None:
         train_door.TrainDoor(activations=Path("x"), stream=StreamConfig(source="live"))
 
 
-def cost(what: str, source: str) -> dict[str, float]:
-    paths = f"{SUPPORT}:{SUPPORT.parent.parent}:{SUPPORT.parent.parent / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "stream_cost_probe.py"), what, source], capture_output=True, text=True,
-        check=True, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("source", ["disk", "live"])
 def test_what_is_predicted_is_what_is_paid(source: str) -> None:
     """Within 20 %, in two processes of which neither knows the other's result; seconds of the processor."""
-    expected, paid = cost("predict", source), cost("pay", source)
-    for name in ("seconds", "memory", "disk"):
-        assert expected[name] == pytest.approx(paid[name], rel=0.2), (name, expected, paid)
+    paired_costs.assert_near("stream_cost_probe.py", source)
