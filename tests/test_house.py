@@ -22,7 +22,7 @@ TORCH_FREE = (
     "evals.pages",
     "evals.base", "evals.run_config", "evals.run_log", "evals.run_all",
 )  # fmt: skip
-DOORS = ("evals.run_all", "evals.leaderboard", "evals.compare", "evals.serve", "sae", "autointerp")
+DOORS = ("evals.run_all", "evals.leaderboard", "evals.compare", "evals.serve", "evals.glossary", "sae", "autointerp")
 
 
 def test_no_file_is_too_long():
