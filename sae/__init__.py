@@ -10,7 +10,8 @@ _PUBLIC = {
     "SAE": "sae.base",
     "SparseLatents": "sae.base",
     "load": "sae.loading",
-    "save": "sae.checkpoint",
+    "from_weights": "sae.weights",
+    "save": "sae.weights",
     "upload": "sae.hub_upload",
     "LanguageModel": "sae.language_model",
 }

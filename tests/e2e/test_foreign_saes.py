@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import sae
 from sae import checkpoint
+from sae.base import SAE
 from sae.config import InputNorm, SAEConfig
 from sae.convert import convert
 from sae.plugins import find
@@ -30,11 +32,20 @@ def native(folder: Path, width: int) -> Path:
         input_norm=InputNorm(kind="none"), decoder_unit_norm=True, sae_id="mine", meta=None, train_tokens=0,
         train_steps=0, seed=0,
     )  # fmt: skip
-    sae = find("sae.architectures", "topk")(cfg)
+    made = find("sae.architectures", "topk")(cfg)
     x_ND = torch.randn(256, width, generator=torch.Generator().manual_seed(0))
-    sae.initialise(x_ND, 0)
-    checkpoint.save(sae, folder, x_ND)
+    made.initialise(x_ND, 0)
+    checkpoint.save(made, folder, x_ND)
     return folder
+
+
+def own_tensors(given: SAE, folder: Path) -> Path:
+    """The same SAE as the tensors of a script."""
+    made = sae.from_weights(
+        given.W_enc_DF, given.W_dec_FD, b_enc=given.b_enc_F, b_dec=given.b_dec_D, architecture="topk", k=4,
+        subtract_b_dec=True, lm="tiny", hookpoint="layers.1", name="by-hand",
+    )  # fmt: skip
+    return sae.save(made, folder)
 
 
 @pytest.mark.slow
@@ -42,7 +53,9 @@ def test_a_mix_of_formats_is_evaluated_and_named(tiny_world: list[str], tmp_path
     mine = native(tmp_path / "mine", 32)
     convert(mine, tmp_path / "saelens", "saelens")
     convert(mine, tmp_path / "layers.1", "sparsify")
-    given = ["--sae", str(tmp_path / "saelens"), str(tmp_path / "layers.1"), "--evals", "reconstruction"]
+    own_tensors(checkpoint.load(mine), tmp_path / "own")
+    folders = [str(tmp_path / name) for name in ("saelens", "layers.1", "own")]
+    given = ["--sae", *folders, "--evals", "reconstruction"]
     silent = run(tmp_path / "root", tiny_world, *given)
     assert silent.returncode == 2 and "give --hookpoint" in silent.stderr and "Traceback" not in silent.stderr
     done = run(tmp_path / "root", tiny_world, *given, "--hookpoint", "layers.1")
@@ -53,12 +66,13 @@ def test_a_mix_of_formats_is_evaluated_and_named(tiny_world: list[str], tmp_path
         for line in path.read_text().splitlines()
     ]
     fvu = {r["sae_id"]: r["value"] for r in rows if r["metric"] == "fvu" and r["slice"] == ""}
-    a, b = (next(v for k, v in fvu.items() if k.startswith(name)) for name in ("saelens.", "sparsify."))
-    assert a == pytest.approx(b, rel=1e-5), "one SAE in two formats"
+    names = ("saelens.", "sparsify.", "by-hand.")
+    a, b, c = (next(v for k, v in fvu.items() if k.startswith(name)) for name in names)
+    assert a == pytest.approx(b, rel=1e-5) and a == pytest.approx(c, rel=1e-5), "one SAE in two formats and as tensors"
     board = (tmp_path / "root" / "leaderboard.csv").read_text()
     assert "saelens." in board and "sparsify." in board
     notes = json.loads((tmp_path / "root" / "run.json").read_text())["notes"]["recipes"]
-    assert {name.split(".")[0] for name in notes} == {"saelens", "sparsify"}, "each was tried on the activations"
+    assert {name.split(".")[0] for name in notes} == {"saelens", "sparsify", "by-hand"}, "each was tried"
     assert all("FVU" in text for text in notes.values())
 
 
