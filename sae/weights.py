@@ -64,7 +64,8 @@ def from_weights(
     encoder, decoder = _matrices(W_enc, W_dec, b_gate if activation == "gated" else b_enc)
     D, F = encoder.shape
     latents = {"threshold_F": threshold, "b_gate_F": b_gate, "b_mag_F": b_mag, "r_mag_F": r_mag}
-    vectors = {key: _vector(key[:-2], value, F) for key, value in latents.items() if value is not None}
+    latents = {key: value for key, value in latents.items() if value is not None}
+    vectors: dict[str, Any] = {key: _vector(key[:-2], value, F) for key, value in latents.items()}
     found = Portable(
         format=name, where="from_weights", architecture=architecture, activation=activation, W_enc_FD=encoder.T,
         W_dec_FD=decoder, b_enc_F=None if activation == "gated" else _vector("b_enc", b_enc, F),
