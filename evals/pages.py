@@ -6,7 +6,7 @@ or a file goes through :func:`evals.page_text.visible` and is written as text.
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from evals.latent_page import SaeDigest, latent_context
 from evals.page_compare import compare_context, compare_parts
 from evals.page_data import RunInfo, SaeData, SiteData, run_info
 from evals.page_index import index_context
+from evals.page_metrics import PAGE as METRICS_PAGE
+from evals.page_metrics import definitions
 from evals.page_text import data_block, number, percent, slug, sort_key, visible
 from evals.results import draws_below
 from evals.sae_page import sae_context
@@ -65,9 +67,12 @@ def build_site(
     target, temporary = root / "site", root / f"site.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write = _writer(temporary, _foot(info))
-        digests = _write_saes(write, board, newest(results), data)
+        rows = newest(results)
+        evaluations = definitions(rows["eval"].unique())
+        write = _writer(temporary, _foot(info), {m["id"] for e in evaluations for m in e["metrics"]})
+        digests = _write_saes(write, board, rows, data)
         write("index.html", "index.html.j2", **index_context(board, info, digests))
+        write(METRICS_PAGE, "metrics.html.j2", evaluations=evaluations)
         write("compare.html", "compare.html.j2", **compare_context(board))
         for place, part in compare_parts(root, board, digests, draws_below(root)):
             (temporary / place).parent.mkdir(exist_ok=True)
@@ -82,8 +87,9 @@ def build_site(
     return target / "index.html"
 
 
-def _writer(folder: Path, foot: str) -> Write:
-    """Makes the folder with its scripts; the answer renders a template into a page of it."""
+def _writer(folder: Path, foot: str, defined: Collection[str]) -> Write:
+    """Makes the folder with its scripts; the answer renders a template into a page of it. ``defined``: ids of the
+    metrics on their page."""
     env = environment()
     folder.mkdir(parents=True)
     for name in STATIC:
@@ -93,9 +99,8 @@ def _writer(folder: Path, foot: str) -> Write:
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * path.count("/")
-        file.write_text(
-            env.get_template(template).render(up=up, foot=foot, **context), encoding="utf-8", errors="replace"
-        )
+        text = env.get_template(template).render(up=up, foot=foot, defined=defined, **context)
+        file.write_text(text, encoding="utf-8", errors="replace")
 
     return write
 

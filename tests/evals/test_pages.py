@@ -90,7 +90,7 @@ def every_page(site: Path) -> list[tuple[Path, Page]]:
 
 def test_all_pages_are_there_well_formed_and_linked(site: Path) -> None:
     found = every_page(site)
-    assert len(found) == 2 + 4 + 2 * 3
+    assert len(found) == 3 + 4 + 2 * 3
     for path, page in found:
         assert next(page.named("html"))["lang"] == "en" and list(page.named("h1")) and list(page.named("main"))
         for tag, name in (("a", "href"), ("link", "href"), ("script", "src")):
@@ -326,7 +326,7 @@ def test_a_failing_build_leaves_the_old_site(tmp_path: Path, monkeypatch: pytest
 
 def test_rows_alone_make_a_site(tmp_path: Path) -> None:
     site = build(tmp_path / "results", {})
-    assert len(every_page(site)) == 6
+    assert len(every_page(site)) == 7
 
 
 def test_newest_artefact_last_and_incomplete_ones_ignored(tmp_path: Path) -> None:
