@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autointerp.doors import add_explain, add_score, newest_artefact, run_explain, run_score
-from sae import console
-from sae.errors import ArtefactError, BudgetExceeded, SaescopeError, os_error_text
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUDGET, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+from sae import console, exits
+from sae.errors import ArtefactError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,40 +108,35 @@ def _read_batch(files: Sequence[Path], root: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one door; expected errors become one line and an exit status."""
+    """The exit status of one door: :mod:`sae.exits`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words:
         _parser().print_help()
-        return EXIT_USAGE
+        return exits.USAGE
     options = _parser().parse_args(words)
     console.setup()
-    try:
-        if options.door == "show":
-            _show(options.root)
-        elif options.door == "explain":
-            run_explain(options)
-        elif options.door == "score":
-            run_score(options)
-        elif options.door == "import-neuronpedia":
-            _import_neuronpedia(options)
-        elif options.door == "export-neuronpedia":
-            _export_neuronpedia(options)
-        elif options.door == "batch-read":
-            _read_batch(options.files, options.root)
-        else:
-            from autointerp.dataset import export
+    return exits.run(lambda: _run(options))
 
-            out = options.out or options.root / "dataset"
-            console.say(str(export(options.root, out, check_licences=not options.accept_licences)))
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except SaescopeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BUDGET if isinstance(error, BudgetExceeded) else EXIT_FAILED
-    except OSError as error:
-        print(f"error: {os_error_text(error)}", file=sys.stderr)
-        return EXIT_FAILED
-    return EXIT_OK
+
+def _run(options: argparse.Namespace) -> int:
+    if options.door == "show":
+        _show(options.root)
+    elif options.door == "explain":
+        run_explain(options)
+    elif options.door == "score":
+        run_score(options)
+    elif options.door == "import-neuronpedia":
+        _import_neuronpedia(options)
+    elif options.door == "export-neuronpedia":
+        _export_neuronpedia(options)
+    elif options.door == "batch-read":
+        _read_batch(options.files, options.root)
+    else:
+        from autointerp.dataset import export
+
+        out = options.out or options.root / "dataset"
+        console.say(str(export(options.root, out, check_licences=not options.accept_licences)))
+    return exits.DONE
 
 
 if __name__ == "__main__":

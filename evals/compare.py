@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae.errors import ArtefactError, ConfigError, SaescopeError, os_error_text
+from sae import console, exits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Door of ``python -m evals.compare``. 0: compared, whatever the verdict; 2: a usage error; 1: any other."""
+    """Door of ``python -m evals.compare``; 0 whatever the verdict, else :mod:`sae.exits`."""
     parser = argparse.ArgumentParser(
         "python -m evals.compare", description="Is B better than A, at what, and is it real? Differences are B - A."
     )
@@ -26,26 +26,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"A and B are two, {2 + len(options.more)} are given: compare them in pairs, or see all in the leaderboard "
             f"(python -m evals.leaderboard --root {options.root}); seeds of one recipe are one name with commas"
         )
+    return exits.run(lambda: _run(options), kept="")
+
+
+def _run(options: argparse.Namespace) -> int:
     from evals.compare_page import print_comparison, write_comparison
     from evals.comparison import compare
-    from sae import console
 
     console.setup()
-    try:
-        found = compare(options.root, options.a, options.b, everything=options.all)
-        paths = write_comparison(found, options.out or options.root / "compare")
-        print_comparison(found)
-        for path in paths:
-            console.say(str(path))
-    except SaescopeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, ArtefactError)) else 1
-    except OSError as error:
-        print(f"error: {os_error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    found = compare(options.root, options.a, options.b, everything=options.all)
+    paths = write_comparison(found, options.out or options.root / "compare")
+    print_comparison(found)
+    for path in paths:
+        console.say(str(path))
+    return exits.DONE
 
 
 if __name__ == "__main__":

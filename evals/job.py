@@ -17,12 +17,11 @@ from evals.run_log import RunLog
 from evals.stages import Pipeline, lm_description
 from evals.worker import measure
 from evals.world import all_subjects, make_measurement
-from sae import console
+from sae import console, exits
 from sae.config import to_dict
 from sae.engines import check_engine
 
 logger = logging.getLogger(__name__)
-EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def run_job(cfg: RunConfig) -> int:
@@ -53,7 +52,7 @@ def run_job(cfg: RunConfig) -> int:
         paths = _publish(cfg, interpretation)
     log.write()
     summarise(log, paths)
-    return EXIT_FAILED if log.failures else EXIT_OK
+    return exits.FAILED if log.failures else exits.DONE
 
 
 def _prepare(stages: Pipeline, interpretation: Interpretation | None, needs: frozenset[str]) -> None:

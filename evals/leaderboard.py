@@ -19,8 +19,8 @@ from evals.matched import matched_l0, pareto
 from evals.page_data import RunInfo, run_info
 from evals.page_text import number
 from evals.results import draws_below, load_results
-from sae import console
-from sae.errors import ArtefactError, SaescopeError, os_error_text
+from sae import console, exits
+from sae.errors import ArtefactError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -248,7 +248,7 @@ def build(root: Path, *, site: bool = True) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Door of ``python -m evals.leaderboard``. Exit codes as HOUSE 9."""
+    """Door of ``python -m evals.leaderboard``; its exit status: :mod:`sae.exits`."""
     parser = argparse.ArgumentParser("python -m evals.leaderboard", description="Tables and pages from result rows.")
     parser.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     parser.add_argument(
@@ -256,20 +256,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     console.setup()
-    try:
-        written = build(options.root, site=options.site)
-        print_board(options.root)
-        for path in written:
-            console.say(str(path))
-    except SaescopeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {os_error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exits.run(lambda: _run(options), kept="")
+
+
+def _run(options: argparse.Namespace) -> int:
+    written = build(options.root, site=options.site)
+    print_board(options.root)
+    for path in written:
+        console.say(str(path))
+    return exits.DONE
 
 
 if __name__ == "__main__":

@@ -4,18 +4,14 @@ Text -> tokens -> activations -> SAEs -> latents -> exemplars -> explanations ->
 Only what ``--help`` needs is imported here; torch comes with the first stage.
 """
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from evals.run_config import PRESET_FUNCTIONS, RunConfig
-from sae import console
-from sae.errors import BudgetExceeded, ConfigError, SaescopeError, did_you_mean, os_error_text
+from sae import console, exits
+from sae.errors import ConfigError, did_you_mean
 
-logger = logging.getLogger(__name__)
 LISTED_METRICS = 8
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
@@ -65,41 +61,24 @@ def list_everything() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn every expected error into one clear message and an exit status."""
-    verbose = False
-    try:
-        cfg = parse(arguments)
-        verbose = cfg.verbose
-        console.setup(cfg.verbose)
-        if cfg.list_:
-            list_everything()
-            return EXIT_OK
-        if cfg.dry_run:
-            from evals.plan import print_plan
+    """The exit status: :mod:`sae.exits`."""
+    return exits.run(lambda: _run(arguments))
 
-            print_plan(cfg)
-            return EXIT_OK
-        from evals.job import run_job
 
-        return run_job(cfg)
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except SaescopeError as error:
-        logger.debug("traceback", exc_info=error)
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, BudgetExceeded):
-            return EXIT_STOPPED
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-    except OSError as error:
-        if verbose:
-            raise
-        kept = "finished stages are kept, the same command goes on from there"
-        print(f"error: {os_error_text(error)}; {kept}", file=sys.stderr)
-        return EXIT_FAILED
+def _run(arguments: Sequence[str] | None) -> int:
+    cfg = parse(arguments)
+    console.setup(cfg.verbose)
+    if cfg.list_:
+        list_everything()
+        return exits.DONE
+    if cfg.dry_run:
+        from evals.plan import print_plan
+
+        print_plan(cfg)
+        return exits.DONE
+    from evals.job import run_job
+
+    return run_job(cfg)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from evals.page_text import visible
 from evals.pages import SITE, environment
-from sae import console
-from sae.errors import ArtefactError, ConfigError, MissingExtra, SaescopeError, os_error_text
+from sae import console, exits
+from sae.errors import ArtefactError, ConfigError, MissingExtra, SaescopeError
 
 if TYPE_CHECKING:
     from evals.live import Live
@@ -132,37 +132,31 @@ def _free(port: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Door of ``python -m evals.serve``. Exit codes as HOUSE 9."""
+    """Door of ``python -m evals.serve``; its exit status: :mod:`sae.exits`, so 130 after Ctrl-C, which ends it."""
     parser = argparse.ArgumentParser("python -m evals.serve", description="Your own text against the SAEs of a run.")
     parser.add_argument("--root", type=Path, default=Path("results"), help="folder of artefacts (default: results)")
     parser.add_argument("--port", type=int, default=8642, help="port on 127.0.0.1 (default: 8642)")
     options = parser.parse_args(arguments)
     console.setup()
-    try:
-        try:
-            import starlette  # noqa: F401
-            import uvicorn
-        except ImportError as error:
-            raise MissingExtra(error.name or "starlette", "serve") from error
-        if not (options.root / "site" / "index.html").is_file():
-            raise ArtefactError(
-                f"{options.root}/site is not built; run: python -m evals.leaderboard --root {options.root}"
-            )
-        _free(options.port)
-        from evals.live import Live
+    return exits.run(lambda: _run(options), kept="")
 
-        app = make_app(options.root, Live(options.root))
-        console.say(f"http://127.0.0.1:{options.port}/ (Ctrl-C ends it)")
-        uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning")
-    except SaescopeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {os_error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise MissingExtra(error.name or "starlette", "serve") from error
+    if not (options.root / "site" / "index.html").is_file():
+        raise ArtefactError(f"{options.root}/site is not built; run: python -m evals.leaderboard --root {options.root}")
+    _free(options.port)
+    from evals.live import Live
+
+    app = make_app(options.root, Live(options.root))
+    console.say(f"http://127.0.0.1:{options.port}/ (Ctrl-C ends it)")
+    # not uvicorn.run, which swallows the interrupt
+    uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=options.port, log_level="warning")).run()
+    return exits.DONE
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """``python -m sae COMMAND``: a dispatcher that imports nothing heavy before it knows why."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from sae.errors import SaescopeError, os_error_text
+from sae import exits
 
 _COMMANDS = {
     "assets": ("sae.__main__", "assets_main", "fetch the embedded model and texts; print paths, sizes, licences"),
@@ -78,32 +77,23 @@ def inspect_main(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes (HOUSE 9): 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
+    """The exit status: :mod:`sae.exits`, and 2 for no or an unknown command."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE)
-        return 0 if words else 2
+        return exits.DONE if words else exits.USAGE
     if words[0] not in _COMMANDS:
         from sae.errors import did_you_mean
 
         print(f"python -m sae has no command {words[0]!r}{did_you_mean(words[0], _COMMANDS)}", file=sys.stderr)
-        return 2
+        return exits.USAGE
     module, function, _ = _COMMANDS[words[0]]
-    try:
+
+    def door() -> int:
         run: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
         return run(words[1:])
-    except SaescopeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        print(f"error: {os_error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+
+    return exits.run(door)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,14 @@ def _stdout() -> Any:
 
     # Off a terminal rich guesses 80 columns and would cut the leaderboard.
     width = None if sys.stdout.isatty() else 160
-    return _CONSOLES.setdefault("out", Console(width=width))
+    made: Any = Console(width=width)
+    made.on_broken_pipe = _still_broken
+    return _CONSOLES.setdefault("out", made)
+
+
+def _still_broken() -> None:
+    """rich would end the process, with status 1; that is for the door to decide (:mod:`sae.exits`)."""
+    raise
 
 
 class Progress:

@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae import console
+from sae import console, exits
 from sae.config import SubjectMeta, TrainConfig, from_dict, to_dict
 from sae.distributed_cost import (
     MeshShape,
@@ -69,11 +69,11 @@ def main(cfg: "TrainDoor", cfgs: Sequence[TrainConfig], show: Show) -> int:
                 return _train(cfg, cfgs, team, show)
         except RankLost:  # it has been said
             sys.stdout.flush()
-            os._exit(2)  # a process group that lost a member may wait for it at its own end
+            os._exit(RankLost.exit_status)  # a process group that lost a member may wait for it at its own end
     except (SaescopeError, KeyboardInterrupt) as error:
         if rank == 0:
             raise
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
+        return exits.INTERRUPTED if isinstance(error, KeyboardInterrupt) else error.exit_status
 
 
 def _check_source(cfg: "TrainDoor") -> None:

@@ -30,7 +30,6 @@ GRACE_S = 5.0
 LINGER_S = 3.0
 """Time that rank 0, which may keep the store, leaves the others to read from it whom to name."""
 POLL_S = 0.05
-EXIT_LOST = 2
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +39,10 @@ class RankLost(SaescopeError):
 
 class Told(SaescopeError):
     """An error of rank 0 as the other ranks hear it; rank 0 reports it."""
+
+    def __init__(self, text: str, exit_status: int) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status  # all ranks end with that of rank 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Watch:
                 break
         if self.lost and not self._stop.wait(GRACE_S):  # the main thread waits in a collective
             self.report()
-            os._exit(EXIT_LOST)
+            os._exit(RankLost.exit_status)
 
     def _without_store(self, error: RuntimeError) -> str:
         """Whom to name once the store is gone, which torchrun or rank 0 keeps."""
@@ -229,7 +232,9 @@ class Watch:
             try:
                 found = work()
             except (SaescopeError, KeyboardInterrupt) as error:
-                self._main.set(key, json.dumps({"error": type(error).__name__, "text": str(error)}))
+                self._main.set(key, json.dumps(
+                    {"error": type(error).__name__, "text": str(error), "status": getattr(error, "exit_status", 1)}
+                ))
                 raise
             self._main.set(key, json.dumps({"value": found}))
             return found
@@ -240,7 +245,7 @@ class Watch:
         if "error" in said:
             if said["error"] in ("KeyboardInterrupt", "TrainingInterrupted"):
                 raise KeyboardInterrupt(said["text"])
-            raise Told(f"rank 0: {said['text']}")
+            raise Told(f"rank 0: {said['text']}", said["status"])
         return said["value"]  # type: ignore[no-any-return]
 
     def close(self, *, well: bool) -> None:

@@ -182,7 +182,11 @@ def _in_processes(
                 job, error = running.pop(future), future.exception()
                 yield job, future.result() if error is None else failure_of(error)
     finally:
+        # what still runs here was interrupted: nobody takes its result, and the command would end only after it
+        useless = list((pool._processes or {}).values()) if running else []
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in useless:
+            process.terminate()
 
 
 def _one_by_one(

@@ -7,9 +7,14 @@ from collections.abc import Iterable
 class SaescopeError(Exception):
     """Base of all errors that saescope raises on purpose; doors print the message without a traceback."""
 
+    exit_status: int = 1
+    """What a command ends with (:mod:`sae.exits`): 1 the work failed, 2 it could not be done as asked."""
+
 
 class ConfigError(SaescopeError):
     """An option or a configuration value that cannot be used."""
+
+    exit_status = 2
 
 
 class UnknownPlugin(ConfigError):
@@ -19,12 +24,16 @@ class UnknownPlugin(ConfigError):
 class MissingExtra(SaescopeError):
     """An optional package that is not installed."""
 
+    exit_status = 2
+
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"the package {package!r} is not installed; run: pip install 'saescope[{extra}]'")
 
 
 class ArtefactError(SaescopeError):
     """A file or folder of results that is absent, incomplete or damaged."""
+
+    exit_status = 2
 
 
 class StaleArtefact(ArtefactError):
@@ -46,6 +55,8 @@ class MissingAsset(ArtefactError):
 class DataError(SaescopeError):
     """Input text or labels that cannot be used."""
 
+    exit_status = 2
+
 
 class LeakError(DataError):
     """Something would be scored that was shown before."""
@@ -54,6 +65,8 @@ class LeakError(DataError):
 class Unsupported(SaescopeError):
     """A back-end or a file lacks what was asked of it."""
 
+    exit_status = 2
+
 
 class NoAnswer(SaescopeError):
     """A language model answered none of the requests; nothing is stored, so that the next run asks again."""
@@ -61,6 +74,8 @@ class NoAnswer(SaescopeError):
 
 class BudgetExceeded(SaescopeError):
     """The LLM budget is spent; what was paid for is kept."""
+
+    exit_status = 3
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

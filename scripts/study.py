@@ -14,7 +14,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evals.study import StudyConfig, publish  # noqa: E402
-from sae import console  # noqa: E402
+from sae import console, exits  # noqa: E402
 from sae.errors import ConfigError, SaescopeError  # noqa: E402
 
 SHARED = ("tokens", "activations", "eval: probe_loss", "eval: absorption")
@@ -65,7 +65,7 @@ def run_all(cfg: StudyConfig) -> tuple[int, list[str]]:
     """(worst exit status, failed tasks) of the runs; a run that fails whole is told and the next one goes on."""
     from evals.job import run_job
 
-    status, failures = 0, []
+    status, failures = exits.DONE, []
     for run in cfg.runs():
         begun = time.monotonic()
         try:
@@ -74,7 +74,7 @@ def run_all(cfg: StudyConfig) -> tuple[int, list[str]]:
             raise
         except SaescopeError as error:
             failures.append(f"the run k {run.train.k}: {error}")
-            status = 1
+            status = exits.FAILED
             continue
         log = json.loads((run.root / "run.json").read_text(encoding="utf-8"))
         failures += [f"{f['subject']}, {f['task']}: {f['error']}" for f in log["failures"]]
@@ -84,30 +84,27 @@ def run_all(cfg: StudyConfig) -> tuple[int, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 done, 1 done with failures, 2 wrong usage."""
+    """The exit status: :mod:`sae.exits`."""
+    return exits.run(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from evals.study_report import write_report
 
-    try:
-        cfg = tyro.cli(StudyConfig, args=arguments, prog="python scripts/study.py")
-        console.setup(False)
-        if cfg.dry_run:
-            dry_run(cfg)
-            return 0
-        status, failures = (0, []) if cfg.report_only else run_all(cfg)
-        penalties = {(s.l1, s.gate_l1): s.k for s in cfg.sparsities}
-        for path in write_report(cfg.root, cfg.architectures[0], penalties, failures):
-            console.say(str(path))
-        if cfg.publish is not None:
-            cells = json.loads((cfg.root / "study.json").read_text(encoding="utf-8"))["cells"]
-            shown = [c["sae_ids"][0] for c in cells if c["architecture"] == cfg.architectures[0]]
-            console.say(f"{cfg.publish}: {', '.join(publish(cfg.root, cfg.publish, shown))}")
-        return status
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    except SaescopeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    cfg = tyro.cli(StudyConfig, args=arguments, prog="python scripts/study.py")
+    console.setup(False)
+    if cfg.dry_run:
+        dry_run(cfg)
+        return exits.DONE
+    status, failures = (exits.DONE, []) if cfg.report_only else run_all(cfg)
+    penalties = {(s.l1, s.gate_l1): s.k for s in cfg.sparsities}
+    for path in write_report(cfg.root, cfg.architectures[0], penalties, failures):
+        console.say(str(path))
+    if cfg.publish is not None:
+        cells = json.loads((cfg.root / "study.json").read_text(encoding="utf-8"))["cells"]
+        shown = [c["sae_ids"][0] for c in cells if c["architecture"] == cfg.architectures[0]]
+        console.say(f"{cfg.publish}: {', '.join(publish(cfg.root, cfg.publish, shown))}")
+    return status
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: str, says: str) -> None:
 
 def test_a_door_without_a_cache_says_what_to_do(tmp_path: Path, capsys) -> None:
     (tmp_path / "f.jsonl").write_text("")
-    assert main(["batch-read", str(tmp_path / "f.jsonl"), "--root", str(tmp_path)]) == 1
+    assert main(["batch-read", str(tmp_path / "f.jsonl"), "--root", str(tmp_path)]) == 2
     assert "no reply cache" in capsys.readouterr().err
 
 

@@ -137,7 +137,7 @@ def test_no_byte_below_the_root_and_no_word_holds_the_key(root: Path, door: Door
         assert door("score", server, *DETECT) == 0
         assert main(["export", "--root", str(root), "--out", str(root / "out"), "--accept-licences"]) == 0
         url = server.url.replace("http://", f"http://user:{SECRET}@")
-        assert main(["explain", "--root", str(root), "--client", "openai", "--llm", "m", "--base-url", url]) == 1
+        assert main(["explain", "--root", str(root), "--client", "openai", "--llm", "m", "--base-url", url]) == 2
     written = [p for p in root.rglob("*") if p.is_file()]
     assert len(written) > 20 and {"manifest.json", "replies.sqlite", "README.md"} <= {p.name for p in written}
     assert not [p for p in written if SECRET.encode() in p.read_bytes()]
@@ -164,7 +164,7 @@ def test_a_run_repeats_from_its_replies_alone(root: Path, door: Door, tiny_lm_di
     assert main(["explain", *common, *EXPLAIN]) == 0
     assert main(["score", *common, *DETECT]) == 0
     assert records() == before and len(before) == 6
-    assert main(["score", *common, "--scorers", "fuzzing"]) == 1
+    assert main(["score", *common, "--scorers", "fuzzing"]) == 2
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_a_plan_with_engines_opens_none(root: Path, tiny_lm_dir: Path, engines, 
     said = capsys.readouterr().out
     assert "vllm: 2 engines side by side on GPU 0 | 1" in said and "explain.highlighted" in said
     assert "US dollars" in said and "total" in said
-    assert vllm(root, tiny_lm_dir, "explain", *more, "--vllm", "tensor_parallel_size=2") == 1
+    assert vllm(root, tiny_lm_dir, "explain", *more, "--vllm", "tensor_parallel_size=2") == 2
     assert "2 vLLM engines of 2 GPU each need 4, and 2 are visible" in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert vllm(root, tiny_lm_dir, "explain", *more) == 0
@@ -232,7 +232,7 @@ def test_a_plan_with_engines_opens_none(root: Path, tiny_lm_dir: Path, engines, 
 ])  # fmt: skip
 def test_what_cannot_be_is_said_before_anything_is_opened(tmp_path, engines, capsys, client, more, said) -> None:
     common = ["--root", str(tmp_path / "nowhere"), "--model", str(tmp_path / "no-model"), "--client", client]
-    assert main(["explain", *common, *more]) == 1
+    assert main(["explain", *common, *more]) == 2
     assert said in capsys.readouterr().err and engines == []
 
 

@@ -21,6 +21,7 @@ from autointerp.pipeline import open_explanations, open_scores
 from sae import checkpoint
 from sae.config import SubjectMeta
 from sae.errors import ConfigError
+from sae.exits import KEPT
 from sae.language_model import LanguageModel
 from sae.manifest import writing
 
@@ -137,13 +138,13 @@ def test_stopped_after_any_request_and_resumed_gives_the_same_bytes(root: Path, 
                 main(arguments("explain", again, server, tiny_lm_dir, "--explainers", "highlighted,token_list")),
                 main(arguments("score", again, server, tiny_lm_dir, "--scorers", "detection,late_interaction")),
             ]
-        assert codes[1] == 1 and not list(again.glob("scores/*"))
+        assert codes[1] == 2 and not list(again.glob("scores/*"))
         run(again, tiny_lm_dir)
         assert everything(again) == everything(whole)
 
 
 @pytest.mark.parametrize(("status", "body", "code"), [
-    (401, {}, 1), (402, {}, 3), (429, {"error": {"code": "insufficient_quota"}}, 3),
+    (401, {}, 2), (402, {}, 3), (429, {"error": {"code": "insufficient_quota"}}, 3),
 ])  # fmt: skip
 def test_an_empty_account_or_a_refused_key_scores_nothing(root: Path, tiny_lm_dir, capsys, status, body, code) -> None:
     more = ("--explainers", "token_list")
@@ -191,7 +192,7 @@ def test_hard_negatives_by_embedding_are_drawn_at_the_door(root: Path, made: Pat
 def test_settings_of_the_windows(root: Path, tiny_lm_dir, capsys) -> None:
     with ChatServer(answer) as server:
         def complaint(*more: str) -> str:
-            assert main(arguments("explain", root, server, tiny_lm_dir, *more)) == 1
+            assert main(arguments("explain", root, server, tiny_lm_dir, *more)) == 2
             return capsys.readouterr().err
 
         assert "--embedder default" in complaint("--exemplars", "score_embedding_near=3", "--embedder", "none")
@@ -223,7 +224,7 @@ def test_dry_run_asks_nothing(root: Path, tiny_lm_dir, capsys) -> None:
 def test_what_is_wrong_is_said_in_one_line(root: Path, tiny_lm_dir, capsys) -> None:
     with ChatServer(answer) as server:
         def complaint(door: str, *more: str) -> str:
-            assert main(arguments(door, root, server, tiny_lm_dir, *more)) == 1
+            assert main(arguments(door, root, server, tiny_lm_dir, *more)) == 2
             return capsys.readouterr().err
 
         assert "did you mean" in complaint("explain", "--sae", "tiny.topk.s0-6")
@@ -232,7 +233,7 @@ def test_what_is_wrong_is_said_in_one_line(root: Path, tiny_lm_dir, capsys) -> N
         assert "expected numbers and ranges" in complaint("explain", "--latents", "3,x")
         assert "did you mean 'highlighted'" in complaint("explain", "--explainers", "highlihted")
         assert "needs" in complaint("explain", "--explainers", "pmi")
-    assert main(["explain", "--root", str(root / "nowhere")]) == 1
+    assert main(["explain", "--root", str(root / "nowhere")]) == 2
 
 
 def test_scores_of_the_door_are_read_back(root: Path, tiny_lm_dir) -> None:
@@ -262,9 +263,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("autointerp.dataset.export", full)
     assert main(["export", "--root", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"error: No space left on device ({tmp_path / 'x'})\n"
+    assert capsys.readouterr().err == f"error: No space left on device ({tmp_path / 'x'}); {KEPT}\n"
 
 
 def test_nothing_to_show_is_said(tmp_path: Path, capsys) -> None:
-    assert main(["show", "--root", str(tmp_path)]) == 1
+    assert main(["show", "--root", str(tmp_path)]) == 2
     assert "holds no finished explanations; run: python -m evals.run_all" in capsys.readouterr().err

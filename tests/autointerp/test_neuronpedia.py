@@ -203,8 +203,8 @@ def test_the_door(world, tmp_path: Path, capsys) -> None:
     assert main([*arguments, str(tmp_path / "lm")]) == 0
     folder = Path("".join(capsys.readouterr().out.split()))
     assert lines(folder, "activations") == lines(export(root, tmp_path / "again"), "activations")
-    assert main([*arguments, str(tmp_path / "lm")]) == 1 and "exists" in capsys.readouterr().err
-    assert main([*arguments, str(tmp_path / "nowhere")]) == 1 and "no tokenizer" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "lm")]) == 2 and "exists" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "nowhere")]) == 2 and "no tokenizer" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="exists"):
         export_neuronpedia(root, tmp_path / "out", TOKENIZER.decode)
     with pytest.raises(ArtefactError, match="no finished explanations"):
@@ -221,5 +221,5 @@ def test_the_door_in(world, tmp_path: Path, capsys) -> None:
     [key] = re.findall(r"--explanations\s+([0-9a-f]{16})", said)
     found = pipeline.open_explanations(here / "explanations" / key)
     assert {e.explainer for e in found} == {"imported"} and {e.latent for e in found} == set(table.latents)
-    assert main(["import-neuronpedia", str(folder), "--root", str(here), "--sae", "other"]) == 1
+    assert main(["import-neuronpedia", str(folder), "--root", str(here), "--sae", "other"]) == 2
     assert "'other'" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_the_plan_lists_what_would_run(
 
 def test_the_dry_run_refuses_what_the_run_would(cfg: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--preset", "tiny", "--model", cfg.model, "--texts", cfg.texts, "--root", str(cfg.root), "--dry-run"]
-    assert main([*given, "--sae", "./no/such"]) == 1
+    assert main([*given, "--sae", "./no/such"]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main([*given, "--hookpoint", "layers.9"]) == 2
     assert "did you mean 'layers.2'" in capsys.readouterr().err
