@@ -5,8 +5,9 @@ import gzip
 import importlib.util
 import io
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,18 @@ from sae.manifest import key_of, sha256_file, sha256_text
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 LONG_TXT_CHARACTERS = 20_000
-"""A longer .txt file is cut at blank lines into documents of about this length."""
+"""A .txt of more is a book: it is divided at blank lines, into pieces of at most this."""
+PIECES, SHORT_PIECE_CHARACTERS = 400, 2_000
+"""A book is divided into about so many pieces, but not for pieces to be shorter: the smallest split gets 2 %."""
+MANY_FILES = 300
+"""With so many files every split gets some: then a file lies in one split, with all its pieces."""
+_LAST_RESORTS = ("\n", r"(?<=[.!?…])\s|(?<=[。！？])", r"\s")
+"""Where a paragraph that is too long is divided: lines, sentences, words."""
 _HF = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?:(?P<split>[\w.-]+)"
     r"(?::(?P<column>\w+))?(?:@(?P<revision>[\w.-]+))?"
 )
+logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -31,6 +39,8 @@ class Document(NamedTuple):
     """File or data set it came from."""
     doc_id: str
     """Place within the source."""
+    group: str = ""
+    """Documents of one group lie in one split, that of this text; "": of the document's own text."""
 
 
 def iter_documents(source: str, column: str = "text") -> Iterator[Document]:
@@ -46,8 +56,7 @@ def iter_documents(source: str, column: str = "text") -> Iterator[Document]:
     elif source.startswith("hf:"):
         yield from _from_hub(source, column)
     else:
-        for path in text_files(source):
-            yield from _from_file(path, column)
+        yield from _from_files(text_files(source), column)
 
 
 def text_files(source: str) -> list[Path]:
@@ -80,7 +89,7 @@ def source_key(source: str) -> str:
     files, root = text_files(source), Path(source).expanduser()
     # Paths below the folder, as two subfolders may hold files of one name.
     named = {(p.relative_to(root).as_posix() if p != root else p.name): sha256_file(p) for p in files}
-    return key_of("texts", 1, named)
+    return key_of("texts", 2 if any(_kind(p) == ".txt" for p in files) else 1, named)  # 2: books in smaller pieces
 
 
 def source_exists(source: str) -> None:
@@ -122,6 +131,28 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
         ) from None
 
 
+def _from_files(files: Sequence[Path], column: str) -> Iterator[Document]:
+    """Documents of all; the pieces of a book are kept together or, where that would leave splits empty, it is told."""
+    told = len(files) >= MANY_FILES
+    for path in files:
+        first = ""
+        for document in _from_file(path, column):
+            first = first or document.text
+            if _kind(path) != ".txt" or document.text == first:
+                yield document
+            elif len(files) >= MANY_FILES:
+                yield document._replace(group=first)
+            else:
+                if not told:
+                    told = True
+                    logger.warning(
+                        "%s has over %s characters and is divided at blank lines, as are others like it; of fewer than "
+                        "%d files the pieces are dealt out one by one, so splits share books, and intervals count the "
+                        "pieces of one as independent", path.name, f"{LONG_TXT_CHARACTERS:,}", MANY_FILES,
+                    )  # fmt: skip
+                yield document
+
+
 def _from_file(path: Path, column: str) -> Iterator[Document]:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; give a file with text")
@@ -150,14 +181,29 @@ def _read_txt(path: Path, column: str) -> Iterator[str]:
         text = _decode(file.read(), path, 0)
     if len(text) <= LONG_TXT_CHARACTERS:
         yield text
+    else:
+        most = min(LONG_TXT_CHARACTERS, max(SHORT_PIECE_CHARACTERS, len(text) // PIECES))
+        yield from _pieces(text, most, (r"\n\s*\n", *_LAST_RESORTS))
+
+
+def _pieces(text: str, most: int, borders: tuple[str, ...]) -> Iterator[str]:
+    """``text`` in pieces of at most ``most`` characters, each as long as it can be; nothing but white space is left
+    out. ``borders``: where it may be divided, the best first; within a word only where one is longer than a piece."""
+    if not borders:
+        yield from (text[i : i + most] for i in range(0, len(text), most))
         return
-    piece = ""
-    for paragraph in re.split(r"\n\s*\n", text):
-        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
-        if len(piece) >= LONG_TXT_CHARACTERS:
-            yield piece
-            piece = ""
-    yield piece
+    start = end = begin = 0  # of the piece that grows, and of what follows it
+    for border in (*re.finditer(borders[0], text), None):
+        stop, after = (len(text), len(text)) if border is None else border.span()
+        if stop - start > most and end > start:
+            yield text[start:end]
+            start = begin
+        if stop - start > most:
+            yield from _pieces(text[start:stop], most, borders[1:])
+            start = after
+        end, begin = stop, after
+    if end > start:
+        yield text[start:end]
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[str]:

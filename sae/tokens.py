@@ -24,7 +24,7 @@ TOKENIZE_BATCH = 256
 ENOUGH = 0.75
 """A split with a smaller share of the tokens asked for is warned of."""
 _ABOUT_TXT = (
-    "; a .txt file is one document, a long one is cut at blank lines every 20,000 characters: "
+    "; a .txt file is one document, one of over 20,000 characters is divided into pieces of 2,000 or more: "
     'write each document as a line {"text": "..."} of a .jsonl file'
 )
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def _needed(packers: dict[str, _Packer], documents: Iterable[Document], seed: in
     for document in documents:
         if all(p.full for p in packers.values()):
             return
-        split = split_of(document.text, seed)
+        split = split_of(document.group or document.text, seed)
         if packers[split].full:
             continue
         key = hash64(document.text)

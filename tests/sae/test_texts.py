@@ -3,7 +3,9 @@
 import bz2
 import gzip
 import importlib.util
+import itertools
 import json
+import random
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +13,14 @@ import pyarrow as pa
 import pytest
 
 from sae.errors import ConfigError, DataError, MissingExtra
-from sae.texts import LONG_TXT_CHARACTERS, iter_documents, source_key, text_files
+from sae.texts import (
+    LONG_TXT_CHARACTERS,
+    MANY_FILES,
+    SHORT_PIECE_CHARACTERS,
+    iter_documents,
+    source_key,
+    text_files,
+)
 
 LINES = ["First text, with a comma and a \u2028 separator.", "Zweiter Text: ÄÖÜ — “quotes”", "third\nof two lines"]
 
@@ -68,12 +77,61 @@ def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     assert [p.name for p in text_files(str(tmp_path))] == ["a.jsonl", "b.txt", "c.txt.gz"]
 
 
-def test_a_long_txt_is_cut_at_blank_lines(tmp_path: Path) -> None:
-    paragraph = "word " * 1_000
-    (tmp_path / "long.txt").write_text("\n\n".join([paragraph] * 10))
-    found = read(tmp_path / "long.txt")
-    assert len(found) == 3 and all(len(t) >= LONG_TXT_CHARACTERS for t in found[:-1])
-    assert " ".join(found).split() == ["word"] * 10_000
+def book(characters: int, seed: int = 0) -> str:
+    """Paragraphs of numbered sentences; no two are alike."""
+    draw, paragraphs, n = random.Random(seed), [], 0
+    while n < characters:
+        sentences = [f"Sentence {draw.random()} of {seed} ends here." for _ in range(draw.randint(1, 12))]
+        paragraphs.append("\n".join(sentences))
+        n += len(paragraphs[-1]) + 2
+    return "\n\n".join(paragraphs)
+
+
+def test_a_book_is_divided_at_blank_lines_and_nothing_is_lost(tmp_path: Path, caplog) -> None:
+    text = book(500_000)
+    (tmp_path / "book.txt").write_text(text)
+    found = read(tmp_path / "book.txt")
+    assert 250 <= len(found) <= 350 and all(len(piece) <= SHORT_PIECE_CHARACTERS for piece in found)
+    paragraphs = text.split("\n\n")
+    assert [p for piece in found for p in piece.split("\n\n")] == paragraphs, "no paragraph is torn or missing"
+    lengths = [len(a) + 2 + len(b.split("\n\n")[0]) for a, b in itertools.pairwise(found)]
+    assert min(lengths) > SHORT_PIECE_CHARACTERS, "every piece is as long as it can be"
+    assert caplog.text.count("dealt out one by one") == 1
+    (tmp_path / "book.txt").write_text(book(4_000_000))
+    longer = read(tmp_path / "book.txt")
+    assert 400 <= len(longer) <= 440 and 9_000 < max(map(len, longer)) <= 10_050
+
+
+def test_what_has_no_blank_lines_is_divided_all_the_same(tmp_path: Path) -> None:
+    """At lines, else sentences, else words; a word is divided only where it is longer than a piece."""
+    line = "A line of words that ends without a stop"
+    sentences = " ".join(f"This is number {i}." for i in range(4_000))
+    words = "word " * 10_000
+    for name, text, border in (("lines", "\n".join([line] * 1_000), "stop"), ("sentences", sentences, "."),
+                               ("chinese", "这是一个句子。" * 5_000, "。"), ("words", words, "word")):  # fmt: skip
+        (tmp_path / f"{name}.txt").write_text(text)
+        found = read(tmp_path / f"{name}.txt")
+        assert len(found) > 10 and all(len(t) <= SHORT_PIECE_CHARACTERS and t.endswith(border) for t in found), name
+        assert "".join("".join(found).split()) == "".join(text.split())
+    (tmp_path / "blob.txt").write_text("x" * 30_001)
+    assert [len(t) for t in read(tmp_path / "blob.txt")] == [2_000] * 15 + [1]
+    (tmp_path / "short.txt").write_text(("p\n\n" * LONG_TXT_CHARACTERS)[: LONG_TXT_CHARACTERS - 2])
+    assert len(read(tmp_path / "short.txt")) == 1
+
+
+def test_the_pieces_of_a_book_lie_together_where_files_are_many(tmp_path: Path, caplog) -> None:
+    for i in range(MANY_FILES):
+        (tmp_path / f"{i:03}.txt").write_text(f"short text {i}")
+    (tmp_path / "book.txt").write_text(book(60_000))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": book(60_000, 1)}))
+    found = list(iter_documents(str(tmp_path)))
+    pieces = [d for d in found if d.source == "book.txt"]
+    assert len(pieces) > 20 and {d.group or d.text for d in pieces} == {pieces[0].text}
+    assert not any(d.group for d in found if d.source != "book.txt") and not caplog.records
+    (tmp_path / "000.txt").unlink()
+    (tmp_path / "001.txt").unlink()
+    (tmp_path / "002.txt").unlink()
+    assert not any(d.group for d in iter_documents(str(tmp_path))) and "book.txt has over 20,000" in caplog.text
 
 
 def test_the_key_follows_the_content(tmp_path: Path) -> None:

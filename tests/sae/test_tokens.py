@@ -1,6 +1,7 @@
 """Packing on hand-made ids, splits as a function of the text, prefix and special ids, reuse."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,38 @@ def test_a_txt_file_of_one_document_says_how_to_write_more(tmp_path: Path) -> No
     path.write_text("\n".join(texts()), encoding="utf-8")
     with pytest.raises(DataError, match=r'a \.txt file is one document.*\{"text": "\.\.\."\} of a \.jsonl'):
         build_tokens(tmp_path, TokensConfig(text=str(path), **SMALL), "lm", byte_tokenizer())
+
+
+def test_a_book_fills_five_splits_and_no_passage_lies_in_two(tmp_path: Path) -> None:
+    """In one file, where its pieces are dealt out; and among many, where a file lies in one split."""
+    sentences = [f"{i}: the rain fell on the town and on the hills behind it." for i in range(9_000)]
+    text = "\n\n".join("\n".join(sentences[i : i + 6]) for i in range(0, len(sentences), 6))
+    path = tmp_path / "book.txt"
+    path.write_text(text, encoding="utf-8")
+    budgets = {f"{s}_tokens": 16_384 for s in SPLITS}
+    sets = build_tokens(tmp_path, TokensConfig(text=str(path), context_tokens=64, **budgets), "lm", byte_tokenizer())
+    assert min(s.n_docs for s in sets.values()) >= 2 and sets["train"].n_tokens == 16_384
+    found = {split: set(re.findall(r"(\d+): the rain", whole(one))) for split, one in sets.items()}
+    assert sum(map(len, found.values())) == len(set().union(*found.values())) > 500
+
+
+def whole(tokens: TokenSet) -> str:
+    """All text of a set, without its prefixes and separators."""
+    flat = np.asarray(tokens.tokens_BL).reshape(-1)
+    return str(byte_tokenizer().decode(flat[flat != tokens.prefix_id].tolist()))
+
+
+def test_of_many_books_each_lies_in_one_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.texts.MANY_FILES", 40)
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for b in range(60):
+        (folder / f"{b}.txt").write_text("\n\n".join(f"book {b} page {p} " + "ink " * 90 for p in range(60)))
+    budgets = {f"{s}_tokens": 40_960 for s in SPLITS}
+    cfg = TokensConfig(text=str(folder), context_tokens=64, **budgets)
+    sets = build_tokens(tmp_path, cfg, "lm", byte_tokenizer())
+    of = {split: set(one.sources) for split, one in sets.items()}
+    assert sum(map(len, of.values())) == len(set().union(*of.values())) and min(s.n_docs for s in sets.values()) > 10
 
 
 def test_a_text_that_ends_early_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
