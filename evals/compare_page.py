@@ -7,6 +7,7 @@ from pathlib import Path
 
 from markupsafe import escape
 
+from evals.compare_names import Cell
 from evals.comparison import Comparison, Line
 from evals.matched import AtOwnL0
 from evals.page_text import number
@@ -14,9 +15,10 @@ from sae import console
 from sae.manifest import canonical_json
 
 HEADER = ("metric", "A", "B", "B − A", "p (Holm)", "reseed sd", "units", "verdict", "scope")
-EQUAL_HEADER = ("metric", "L0", "A", "B", "B − A", "interpolated", "verdict")
+EQUAL_HEADER = ("metric", "L0", "A", "B", "B − A", "p (Holm)", "interpolated", "verdict", "scope")
 ARROW = {"higher": " ↑", "lower": " ↓"}
-LEFT, RIGHT, ROW, WIDTH = 150, 250, 24, 760
+LEFT, RAIL, RIGHT, ROW, LETTER = 150, 360, 250, 24, 7
+"""Pixels; a letter of the labels is at most so wide on average."""
 LIMIT = 8.0
 """Standard errors at which the axis of the plot ends; what lies beyond is drawn at its end."""
 STYLE = (
@@ -42,7 +44,7 @@ def delta_text(line: "Line | AtOwnL0") -> str:
     return f"{value_text(line.delta)} [{value_text(line.ci_low)}, {value_text(line.ci_high)}]"
 
 
-def _p_text(line: Line) -> str:
+def _p_text(line: "Line | AtOwnL0") -> str:
     return "" if line.p_holm is None else f"{line.p_holm:.3f}" if line.p_holm >= 0.001 else "< 0.001"
 
 
@@ -63,19 +65,10 @@ def equal_rows(found: Comparison) -> list[list[str]]:
     return [
         [
             line.title + ARROW.get(line.better, ""), f"{line.l0:.1f}", value_text(line.a),
-            value_text(line.b), delta_text(line), line.interpolated, equal_verdict(line),
+            value_text(line.b), delta_text(line), _p_text(line), line.interpolated, line.verdict, line.scope,
         ]
         for line in found.equal_l0
     ]  # fmt: skip
-
-
-def equal_verdict(line: AtOwnL0) -> str:
-    """By the interval of these SAEs' units alone: one training seed, whatever the number behind a point."""
-    if line.ci_low is None or line.ci_high is None:
-        return "undecided: no interval"
-    if line.ci_low <= 0 <= line.ci_high:
-        return "no difference shown"
-    return f"{'B' if (line.delta > 0) == (line.better == 'higher') else 'A'} better"
 
 
 def summary(found: Comparison) -> str:
@@ -98,7 +91,7 @@ def print_comparison(found: Comparison) -> None:
     console.table("B against A", HEADER, table_rows(found), right=(1, 2, 3, 4, 5))
     console.say(summary(found))
     if found.equal_l0:
-        console.table("B against A at equal L0", EQUAL_HEADER, equal_rows(found), right=(1, 2, 3, 4))
+        console.table("B against A at equal L0", EQUAL_HEADER, equal_rows(found), right=(1, 2, 3, 4, 5))
     for note in found.notes:
         console.say(note)
 
@@ -113,7 +106,7 @@ def markdown(found: Comparison) -> str:
     lines += [summary(found), "", cells(HEADER), cells(["---"] * len(HEADER)), *map(cells, table_rows(found)), ""]
     if found.equal_l0:
         lines += ["## At equal L0", "", "The side named is interpolated in ln L0 between SAEs of its own family, at "
-                  "the other's L0; the interval is of the units these SAEs were measured on.", ""]
+                  "the other's L0; intervals, p and scope are made as above, p is corrected over this table.", ""]
         lines += [cells(EQUAL_HEADER), cells(["---"] * len(EQUAL_HEADER)), *map(cells, equal_rows(found)), ""]
     lines += [f"- {note}" for note in found.notes]
     lines += [
@@ -131,33 +124,47 @@ def markdown(found: Comparison) -> str:
 def forest(found: Comparison) -> str:
     """SVG: per metric B − A in standard errors of the difference, signed so that right is better for B."""
     drawn = [x for x in found.lines if x.stderr and x.ci_low is not None and x.better in ("higher", "lower")]
-    height, middle = ROW * (len(drawn) + 2), (LEFT + WIDTH - RIGHT) / 2
-    scale = (WIDTH - RIGHT - LEFT) / (2 * LIMIT)
+    left = max(LEFT, 16 + LETTER * max((len(x.title) for x in drawn), default=0))
+    width, rail = left + RAIL + RIGHT, left + RAIL
+    height, middle = ROW * (len(drawn) + 5), left + RAIL / 2
+    scale = RAIL / (2 * LIMIT)
 
     def x(v: float) -> float:
         return middle + scale * max(-LIMIT, min(LIMIT, v))
 
-    body = [f'<rect width="{WIDTH}" height="{height}" fill="#fff"/><style>{STYLE}</style>']
-    body.append(f'<line class="zero" x1="{middle:g}" x2="{middle:g}" y1="{ROW}" y2="{height - ROW:g}"/>')
-    body.append(f'<text x="{LEFT}" y="16">← A better</text>')
-    body.append(f'<text x="{WIDTH - RIGHT}" y="16" text-anchor="end">B better →</text>')
+    body = [f'<rect width="{width}" height="{height}" fill="#fff"/><style>{STYLE}</style>']
+    for i, (side, cell) in enumerate((("A", found.a), ("B", found.b))):
+        body.append(f'<text x="8" y="{ROW * (i + 0.7):g}">{side} = {escape(_cell_text(cell, width))}</text>')
+    body.append(f'<line class="zero" x1="{middle:g}" x2="{middle:g}" y1="{3 * ROW}" y2="{height - 2 * ROW:g}"/>')
+    body.append(f'<text x="{left}" y="{2.7 * ROW:g}">← A better</text>')
+    body.append(f'<text x="{rail}" y="{2.7 * ROW:g}" text-anchor="end">B better →</text>')
     for i, line in enumerate(drawn):
-        y = ROW * (i + 1.5)
+        y = ROW * (i + 3.5)
         sign = 1 if line.better == "higher" else -1
         low, high, at = (sign * v / line.stderr for v in (line.ci_low, line.ci_high, line.delta))  # type: ignore[operator]
         kind = {"B better": "win", "A better": "lose"}.get(line.verdict, "dot")
-        body.append(f'<text x="{LEFT - 8}" y="{y + 4:g}" text-anchor="end">{escape(line.title)}</text>')
-        body.append(f'<line class="rail" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:g}" y2="{y:g}"/>')
+        body.append(f'<text x="{left - 8}" y="{y + 4:g}" text-anchor="end">{escape(line.title)}</text>')
+        body.append(f'<line class="rail" x1="{left}" x2="{rail}" y1="{y:g}" y2="{y:g}"/>')
         body.append(f'<line class="ci" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:g}" y2="{y:g}"/>')
         body.append(f'<circle class="{kind}" cx="{x(at):.1f}" cy="{y:g}" r="4"/>')
-        body.append(f'<text x="{WIDTH - RIGHT + 10}" y="{y + 4:g}">{escape(delta_text(line))}</text>')
-    body.append(f'<text x="{middle:g}" y="{height - 6:g}" text-anchor="middle">standard errors of the difference; '
+        body.append(f'<text x="{rail + 10}" y="{y + 4:g}">{escape(delta_text(line))}</text>')
+    centred = f'<text text-anchor="middle" x="{middle:g}"'
+    body.append(f'{centred} y="{height - ROW - 2:g}">standard errors of the difference; '
                 f"ends of the axis: {LIMIT:g} and beyond</text>")  # fmt: skip
+    body.append(f'{centred} y="{height - 8:g}">after Holm\'s correction '
+                '<tspan class="win">B better</tspan>, <tspan class="lose">A better</tspan>, '
+                '<tspan class="dot">no difference shown</tspan></text>')  # fmt: skip
     title = escape(f"B against A in standard errors: {summary(found)}")
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:g}" role="img">'
         f"<title>{title}</title>{''.join(body)}</svg>\n"
     )
+
+
+def _cell_text(cell: Cell, width: int) -> str:
+    """The SAEs of one side, as far as the plot is wide."""
+    text, room = ", ".join(cell.sae_ids), int(width / LETTER) - 6
+    return text if len(text) <= room else text[: room - 1] + "…"
 
 
 def write_comparison(found: Comparison, out: Path) -> list[Path]:

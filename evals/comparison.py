@@ -5,37 +5,25 @@ the same units with the same resampling weights where the evaluation allows it. 
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evals.columns import ColumnSpec
+from evals.compare_names import Cell, find_cell
 from evals.results import PLACE, current_versions, draws_below, load_results
-from sae.errors import ArtefactError, ConfigError, did_you_mean
+from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value
+from sae.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     from evals.board import Column
     from evals.compare_units import Measured
     from evals.matched import AtOwnL0
-    from evals.results import Estimate
 
-LEVEL = 0.05
-TRAINED_ALIKE = (*PLACE, "architecture", "d_in", "d_sae", "k", "train_tokens")
 Scope = Literal["", "one training seed", "real", "within seed noise"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """SAEs that are equal but for the seed of their training; often one."""
-
-    name: str
-    sae_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,58 +65,6 @@ class Comparison:
     notes: list[str]
     equal_l0: "list[AtOwnL0]" = field(default_factory=list)
     """Where the L0 of A and B differ and other SAEs of one of them span the gap."""
-
-
-def find_cell(root: Path, results: "pd.DataFrame", text: str) -> Cell:
-    """The SAEs meant by ``text``: ids, parts of ids between separators, globs, several with commas.
-
-    ConfigError if nothing fits, or if what fits differs in more than the training seed.
-    """
-    known = sorted(set(map(str, results["sae_id"])))
-    found: list[str] = []
-    for pattern in filter(None, text.split(",")):
-        hits = _matching(known, pattern)
-        if not hits:
-            raise ConfigError(f"no subject is called {pattern!r}{did_you_mean(pattern, known)}")
-        found += [h for h in hits if h not in found]
-    if not found:
-        raise ConfigError("a name is empty; give a sae_id, a part of one, or a glob")
-    identities = {i: _identity(root, results, i) for i in found}
-    first = identities[found[0]]
-    for other in found[1:]:
-        wrong = sorted(n for n in first.keys() | identities[other].keys() if first.get(n) != identities[other].get(n))
-        if wrong:
-            raise ConfigError(
-                f"{text!r} fits several subjects that differ in more than the training seed ({', '.join(wrong)}): "
-                f"{', '.join(found[:6])}; name one, or the seeds of one"
-            )
-    return Cell(name=text if len(found) > 1 else found[0], sae_ids=tuple(sorted(found)))
-
-
-def _matching(known: Sequence[str], pattern: str) -> list[str]:
-    if pattern in known:
-        return [pattern]
-    if any(c in pattern for c in "*?["):
-        return [i for i in known if fnmatch(i, pattern) or fnmatch(i, f"*.{pattern}")]
-    # "topk" must not find batchtopk, nor "k4" find k48; a beginning of a hash may be given
-    part = r"(?<![a-z0-9_])" + re.escape(pattern)
-    whole = [i for i in known if re.search(part + r"(?![a-z0-9_])", i)]
-    return whole or [i for i in known if re.search(part, i)]
-
-
-def _identity(root: Path, results: "pd.DataFrame", sae_id: str) -> dict[str, str]:
-    """What training seeds of one cell share: the configuration of the training where it lies there, and row fields."""
-    from sae.manifest import is_complete, read_manifest
-
-    row = results[results["sae_id"] == sae_id].iloc[0]
-    identity = {name: str(row[name]) for name in TRAINED_ALIKE}
-    folder = Path(root) / "saes" / sae_id
-    if is_complete(folder):
-        manifest = read_manifest(folder)
-        config = {k: v for k, v in manifest.get("config", {}).items() if k not in ("seed", "sae_id")}
-        identity |= {f"train.{k}": str(v) for k, v in config.items()}
-        identity |= {f"train.{k}": str(v) for k, v in manifest.get("inputs", {}).items()}
-    return identity
 
 
 def wanted_columns(results: "pd.DataFrame", everything: bool) -> "list[Column]":
@@ -293,57 +229,11 @@ def _difference(
                 verdict=verdict)  # fmt: skip
 
 
-def p_value(delta_R: "np.ndarray", estimate: "Estimate", n: int) -> float:
-    """Two-sided bootstrap p; where no resample changes sign, Student's tail of Δ / stderr with n - 1 degrees.
-
-    R = 1,000 resamples know no p below 0.002, which Holm's correction over 25 metrics turns into 0.05: without the tail
-    nothing could ever be shown in a long table (decision 012).
-    """
-    from scipy.stats import t
-
-    from evals.uncertainty import bootstrap_p
-
-    crosses = bool((delta_R <= 0).any() and (delta_R >= 0).any())
-    if crosses or not estimate.stderr or estimate.value is None:
-        return bootstrap_p(delta_R)
-    return float(2 * t.sf(abs(estimate.value) / estimate.stderr, max(n - 1, 1)))
-
-
-def over_seeds(draws: "Sequence[np.ndarray]", metric: str, side: str) -> "np.ndarray":
-    """[R] resampled means of a cell: units inside each draw, and seeds.
-
-    A bootstrap over S seeds shows only (S - 1) / S of their variance; the deviation from the mean is widened by
-    sqrt(S / (S - 1)) to make up for it.
-    """
-    import numpy as np
-
-    from sae.manifest import rng
-
-    stacked = np.stack(list(draws))
-    count = len(stacked)
-    if count == 1:
-        return stacked[0]
-    picks = rng("compare", metric, side, "seeds").integers(0, count, size=(count, stacked.shape[1]))
-    mean = stacked.mean(axis=0)
-    resampled = np.take_along_axis(stacked, picks, axis=0).mean(axis=0)
-    return np.asarray(mean + math.sqrt(count / (count - 1)) * (resampled - mean))
-
-
 def beyond_seed_noise(line: Line, n_a: int, n_b: int) -> bool:
-    """Welch's test over training seeds at 5 %: |Δ| > t · √(sd²_A/n_A + sd²_B/n_B).
-
-    METRICS 3.5 writes 2 for t; with two or three seeds Student's quantile is 2.8 to 12.7 (decision 012).
-    """
-    from scipy.stats import t
-
+    """Does the difference exceed what training seeds alone make (:func:`evals.seed_noise.exceeds_seed_noise`)?"""
     if line.sd_a is None or line.sd_b is None or line.delta is None:
         return False
-    parts = [line.sd_a**2 / n_a, line.sd_b**2 / n_b]
-    total = sum(parts)
-    if total == 0:
-        return line.delta != 0
-    freedom = total**2 / (parts[0] ** 2 / (n_a - 1) + parts[1] ** 2 / (n_b - 1))
-    return abs(line.delta) > float(t.ppf(1 - LEVEL / 2, freedom)) * math.sqrt(total)
+    return exceeds_seed_noise(line.delta, [SeedSpread(line.sd_a, n_a), SeedSpread(line.sd_b, n_b)])
 
 
 def judged(lines: Sequence[Line], n_a: int, n_b: int) -> list[Line]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
 from evals.gains import Cell, paired_interval
-from evals.uncertainty import MIN_UNITS
+from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value
+from evals.uncertainty import MIN_UNITS, holm, summarise
 
 State = Literal["front", "dominated", "undecided", ""]
 ONE_POINT = 1.05
@@ -60,7 +61,16 @@ class AtOwnL0:
     ci_low: float | None
     ci_high: float | None
     paired: bool
-    """Were all SAEs that take part resampled with the same weights? Only then is there an interval."""
+    """Were all SAEs that take part resampled with the same weights? Only then is there an interval, over units and
+    training seeds."""
+    p: float | None = None
+    p_holm: float | None = None
+    """Corrected over the lines of the table."""
+    verdict: str = ""
+    scope: str = ""
+    """`one training seed` where some point is of one SAE, else `real` or `within seed noise` (METRICS 3.5)."""
+    spreads: tuple[SeedSpread, ...] = ()
+    """Training seeds of the points behind both sides."""
 
 
 def family_of(subject: BoardSubject) -> tuple[str, ...]:
@@ -113,35 +123,42 @@ def interpolate(points: Sequence[Point], at: float) -> tuple[Cell, tuple[str, st
     return None
 
 
-def mean_draws(board: Board, ids: Sequence[str], column: Column) -> tuple[np.ndarray, str] | None:
-    """([R] resamples of the mean over ``ids``, what they pair with); None unless all were kept and resampled alike."""
+def mean_draws(
+    board: Board, ids: Sequence[str], column: Column, *, seeds: bool = False
+) -> tuple[np.ndarray, str] | None:
+    """([R] resamples of the mean over ``ids``, what they pair with); None unless all were kept and resampled alike.
+
+    ``seeds``: the SAEs are resampled too, with the same picks for every column.
+    """
     cells = [board.cells[sae_id, column.id] for sae_id in ids]
     pairings = {(cell.pairing, cell.n) for cell in cells}
     found = [board.draws(*c.source) if board.draws and c.source is not None and c.pairing else None for c in cells]
     if len(pairings) > 1 or any(f is None for f in found) or len({len(f) for f in found}) > 1:  # type: ignore[arg-type]
         return None
-    return np.mean([np.asarray(f, dtype=np.float64) for f in found], axis=0), str(pairings.pop())
+    drawn = [np.asarray(f, dtype=np.float64) for f in found]
+    mean = over_seeds(drawn, "equal L0", ",".join(ids)) if seeds else np.mean(drawn, axis=0)
+    return mean, str(pairings.pop())
 
 
-def l0_draws(board: Board, ids: Sequence[str], l0: Column, resamples: int) -> np.ndarray:
+def l0_draws(board: Board, ids: Sequence[str], l0: Column, resamples: int, *, seeds: bool = False) -> np.ndarray:
     """[R] resamples of the mean L0; its value where none were kept, as that of topk is the same in all."""
-    found = mean_draws(board, ids, l0)
+    found = mean_draws(board, ids, l0, seeds=seeds)
     if found is not None and len(found[0]) == resamples:
         return found[0]
     return np.full(resamples, np.mean([board.cells[i, l0.id].value for i in ids]))
 
 
 def interpolated_draws(
-    board: Board, l0: Column, metric: Column, between: tuple[str, str], at: "float | np.ndarray"
+    board: Board, l0: Column, metric: Column, between: tuple[str, str], at: "float | np.ndarray", *, seeds: bool = False
 ) -> tuple[np.ndarray, str] | None:
     """[R] interpolations made inside each resample (METRICS 3.6): value and L0 of both points move with the same units.
     None unless both were resampled alike. ``at``: a number, or [R]."""
     ids = [names.split(",") for names in between]
-    ends = [mean_draws(board, names, metric) for names in ids]
+    ends = [mean_draws(board, names, metric, seeds=seeds) for names in ids]
     if ends[0] is None or ends[1] is None or ends[0][1] != ends[1][1] or len(ends[0][0]) != len(ends[1][0]):
         return None
     y0, y1 = ends[0][0], ends[1][0]
-    x0, x1 = (l0_draws(board, names, l0, len(y0)) for names in ids)
+    x0, x1 = (l0_draws(board, names, l0, len(y0), seeds=seeds) for names in ids)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.clip((np.log(at) - np.log(x0)) / (np.log(x1) - np.log(x0)), 0.0, 1.0)
         return (1 - share) * y0 + share * y1, ends[0][1]
@@ -203,7 +220,41 @@ def at_own_l0(
                 if line is not None:
                     found.append(line)
                     break
+    return _judged(found)
+
+
+def _judged(lines: Sequence[AtOwnL0]) -> list[AtOwnL0]:
+    """Verdicts by the rules of the main table: Holm-corrected p, and what the training seeds allow to be said."""
+    found = []
+    for line, p_holm in zip(lines, holm([line.p for line in lines]), strict=True):
+        if p_holm is None or line.ci_low is None or line.ci_high is None:
+            found.append(replace(line, verdict="undecided: no interval"))
+        elif p_holm >= LEVEL or line.ci_low <= 0 <= line.ci_high:
+            found.append(replace(line, p_holm=p_holm, verdict="no difference shown"))
+        else:
+            winner = "B" if (line.delta > 0) == (line.better == "higher") else "A"
+            scope = "one training seed"
+            if min(s.n for s in line.spreads) > 1:
+                scope = "real" if exceeds_seed_noise(line.delta, line.spreads) else "within seed noise"
+            found.append(replace(line, p_holm=p_holm, verdict=f"{winner} better", scope=scope))
     return found
+
+
+def _spreads(
+    board: Board, l0: Column, metric: Column, own: Sequence[str], between: tuple[str, str], at: float
+) -> tuple[SeedSpread, ...]:
+    """Seeds of the side that stays, and of the two points of the other, by what they weigh in the difference."""
+    points = [(1.0, list(own))]
+    (x0, low), (x1, high) = (
+        (float(np.mean([board.cells[i, l0.id].value for i in names.split(",")])), names.split(",")) for names in between
+    )
+    share = (math.log(at) - math.log(x0)) / (math.log(x1) - math.log(x0))
+    points += [(weight, names) for weight, names in ((1 - share, low), (share, high)) if weight > 0]
+    values = [[board.cells[i, metric.id].value for i in names] for _, names in points]
+    return tuple(
+        SeedSpread(float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v), weight)  # type: ignore[arg-type]
+        for v, (weight, _) in zip(values, points, strict=True)
+    )
 
 
 def _at_l0_of(
@@ -222,18 +273,32 @@ def _at_l0_of(
     if hit is None or hit[0].value is None:
         return None
     sign = 1.0 if name == "B" else -1.0
-    interval = None
-    mine = mean_draws(board, own, metric)
-    if mine is not None:
-        drawn = interpolated_draws(board, l0, metric, hit[1], l0_draws(board, own, l0, len(mine[0])))
-        if drawn is not None and drawn[1] == mine[1] and len(drawn[0]) == len(mine[0]):
-            interval = interval_of(sign * (drawn[0] - mine[0]))
-    low, high = interval or (None, None)
     a, b = (value, hit[0].value) if name == "B" else (hit[0].value, value)
+    delta_R = _differences(board, l0, metric, own, hit[1], sign)
+    n = min(board.cells[i, metric.id].n for i in (*own, *(i for names in hit[1] for i in names.split(","))))
+    estimate = summarise(b - a, np.array([]) if delta_R is None else delta_R, n)
+    p = None
+    if delta_R is not None and estimate.ci_low is not None:
+        p = p_value(delta_R[np.isfinite(delta_R)], estimate, n)
     return AtOwnL0(
         column_id=metric.id, title=metric.title, better=metric.spec.better, l0=at, interpolated=name, between=hit[1],
-        a=a, b=b, delta=b - a, ci_low=low, ci_high=high, paired=interval is not None,
+        a=a, b=b, delta=b - a, ci_low=estimate.ci_low, ci_high=estimate.ci_high, paired=delta_R is not None, p=p,
+        spreads=_spreads(board, l0, metric, own, hit[1], at),
     )  # fmt: skip
+
+
+def _differences(
+    board: Board, l0: Column, metric: Column, own: Sequence[str], between: tuple[str, str], sign: float
+) -> np.ndarray | None:
+    """[R] ``sign`` x (interpolated - own), units and training seeds resampled; None unless all pair."""
+    mine = mean_draws(board, own, metric, seeds=True)
+    if mine is None:
+        return None
+    at = l0_draws(board, own, l0, len(mine[0]), seeds=True)
+    drawn = interpolated_draws(board, l0, metric, between, at, seeds=True)
+    if drawn is None or drawn[1] != mine[1] or len(drawn[0]) != len(mine[0]):
+        return None
+    return sign * (drawn[0] - mine[0])
 
 
 def told_apart(board: Board, a: Cell, b: Cell) -> bool:
