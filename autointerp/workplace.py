@@ -104,14 +104,24 @@ class Opened:
                 f"{self.place.sae_id} was trained on {meta.lm} ({meta.lm_revision[:12]}), and --model is {lm.name} "
                 f"({lm.revision[:12]}); give the right --model"
             )
+        self._begin_as_rows_do(lm.tokenizer)
         return lm
+
+    def _begin_as_rows_do(self, tokenizer: Any) -> None:
+        """The prefix of the rows on which the SAE was trained, where they lie here."""
+        from sae.tokens import use_prefix_of
+
+        meta = self.sae.cfg.meta
+        use_prefix_of(tokenizer, self.place.root, meta.tokens_key if meta is not None else "")
 
     @cached_property
     def tokenizer(self) -> Any:
         """The subject's; its weights are not read for it."""
         from sae.model_files import resolve
 
-        return resolve(self.place.model).load_tokenizer()
+        found = resolve(self.place.model).load_tokenizer()
+        self._begin_as_rows_do(found)
+        return found
 
     @cached_property
     def embedder(self) -> EmbedderLike | None:

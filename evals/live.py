@@ -17,7 +17,7 @@ from sae.base import SAE
 from sae.checkpoint import load
 from sae.errors import ArtefactError, ConfigError
 from sae.language_model import LanguageModel
-from sae.tokens import prefix_id
+from sae.tokens import prefix_id, use_prefix
 
 MAX_CHARACTERS = 2000
 MAX_TOKENS = 128
@@ -49,7 +49,9 @@ class Live:
 
     def _model(self) -> LanguageModel:
         if self._lm is None:
-            self._lm = LanguageModel.load(str(run_info(self.root).config.get("model") or "default"))
+            config = run_info(self.root).config
+            self._lm = LanguageModel.load(str(config.get("model") or "default"))
+            use_prefix(self._lm.tokenizer, config.get("tokens", {}).get("prefix_id"))
         return self._lm
 
     def _sae(self, sae_id: str) -> tuple[SAE, str]:

@@ -108,11 +108,13 @@ def build_spelling(root: Path, lm: "LanguageModel", hookpoint: str, cfg: Spellin
     import pandas as pd
 
     from evals.probe_activations import last_token_activations
-    from sae.tokens import prefix_id
+    from sae.tokens import CHOSEN_PREFIX, prefix_id
 
     tokenizer = lm.tokenizer
     vocabulary = tokenizer.get_vocab()
     config = {**to_dict(cfg), "hookpoint": hookpoint, "dtype": str(lm.dtype)}
+    if hasattr(tokenizer, CHOSEN_PREFIX):  # the tokenizer's own needs no mention
+        config["prefix_id"] = prefix_id(tokenizer)
     identity = sha256_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)))
     key = key_of(KIND, STAGE_VERSION, config, {"lm": lm.revision, "vocabulary": identity})
     folder = artefact_dir(root, KIND, key)

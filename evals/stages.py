@@ -24,7 +24,7 @@ from sae.base import SAE, random_like
 from sae.config import SubjectMeta, to_dict
 from sae.language_model import LanguageModel, default_dtype
 from sae.manifest import is_complete, sha256_file, writing
-from sae.tokens import TokenSet, build_tokens, drop_ids
+from sae.tokens import TokenSet, build_tokens, drop_ids, use_prefix
 from sae.train import TrainingDiverged, train_many
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Pipeline:
         wanted = torch.float32 if dtype == "float32" else default_dtype(self.cfg.device)
         if wanted not in self._lms:
             self._lms[wanted] = LanguageModel.load(self.cfg.model, dtype=wanted, device=self.cfg.device)
+            use_prefix(self._lms[wanted].tokenizer, self.cfg.tokens.prefix_id)
         return self._lms[wanted]
 
     def lm_float32(self) -> LanguageModel:

@@ -21,6 +21,8 @@ from sae.texts import Document, iter_documents, source_key
 SPLITS = ("train", "explain", "calibrate", "score", "test")
 TOKENS_VERSION = 1
 TOKENIZE_BATCH = 256
+CHOSEN_PREFIX = "saescope_prefix_id"
+"""Attribute of a tokenizer for whose run a prefix was chosen."""
 ENOUGH = 0.75
 """A split with a smaller share of the tokens asked for is warned of."""
 _ABOUT_TXT = (
@@ -44,9 +46,12 @@ def split_of(text: str, seed: int = 0) -> str:
 def prefix_id(tokenizer: Any, override: int | None = None) -> int:
     """Token at position 0 of every row and between documents.
 
-    ``override``, else the BOS id if the tokenizer puts one in front by itself, else `<|endoftext|>` (id 0 for SmolLM2,
-    whose `bos` and `eos` are chat marks), else EOS, else BOS. DataError if none exists.
+    ``override``, else what :func:`use_prefix` chose, else the BOS id if the tokenizer puts one in front by itself, else
+    `<|endoftext|>` (id 0 for SmolLM2, whose `bos` and `eos` are chat marks), else EOS, else BOS. DataError if none
+    exists.
     """
+    if override is None:
+        override = getattr(tokenizer, CHOSEN_PREFIX, None)
     if override is not None:
         if not 0 <= override < len(tokenizer):
             raise DataError(f"prefix id {override} is outside the vocabulary of {len(tokenizer):,} tokens")
@@ -58,6 +63,20 @@ def prefix_id(tokenizer: Any, override: int | None = None) -> int:
         if candidate is not None:
             return int(candidate)
     raise DataError("the tokenizer has no BOS, EOS or <|endoftext|> token; give --tokens.prefix-id")
+
+
+def use_prefix(tokenizer: Any, chosen: int | None) -> None:
+    """Whoever loads a model for a run says here which prefix its rows have (``--tokens.prefix-id``): prompts of probes,
+    of spelling, of patterns and of steering begin as the rows do (METRICS 1). None: the tokenizer's own."""
+    if chosen is not None:
+        setattr(tokenizer, CHOSEN_PREFIX, prefix_id(tokenizer, chosen))
+
+
+def use_prefix_of(tokenizer: Any, root: Path, tokens_key: str) -> None:
+    """:func:`use_prefix` with that of a set of tokens of this results folder, if it is there."""
+    folder = artefact_dir(root, "tokens", tokens_key)
+    if tokens_key and is_complete(folder):
+        use_prefix(tokenizer, TokenSet.open(folder).prefix_id)
 
 
 def _id_of(tokenizer: Any, token: str) -> int | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sae.config import TokensConfig
 from sae.errors import ArtefactError, DataError
 from sae.manifest import hash64
-from sae.tokens import SPLITS, TokenSet, _Packer, build_tokens, drop_ids, prefix_id, split_of
+from sae.tokens import SPLITS, TokenSet, _Packer, build_tokens, drop_ids, prefix_id, split_of, use_prefix, use_prefix_of
 
 SMALL = {"context_tokens": 8, "train_tokens": 160, "explain_tokens": 40, "calibrate_tokens": 24, "score_tokens": 40,
          "test_tokens": 24}  # fmt: skip
@@ -236,6 +236,25 @@ def test_prefix_errors() -> None:
         prefix_id(byte_tokenizer(), 259)
     with pytest.raises(DataError, match="--tokens.prefix-id"):
         prefix_id(wordy(plain="yes"))
+
+
+def test_a_chosen_prefix_holds_for_all_that_the_tokenizer_begins(tmp_path: Path) -> None:
+    plain = wordy(plain="yes")
+    use_prefix(plain, None)  # the tokenizer's own, of which this one has none
+    with pytest.raises(DataError, match="--tokens.prefix-id"):
+        prefix_id(plain)
+    use_prefix(plain, 1)
+    assert prefix_id(plain) == 1 and prefix_id(plain, 0) == 0
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        use_prefix(plain, 9)
+    path = write(tmp_path / "t.jsonl", texts())
+    sets = build_tokens(tmp_path, TokensConfig(text=path, prefix_id=7, **SMALL), "lm", byte_tokenizer())
+    mine = byte_tokenizer()
+    for key in ("", "0" * 16):  # of a set that is not here nothing is known
+        use_prefix_of(mine, tmp_path, key)
+    assert prefix_id(mine) == prefix_id(byte_tokenizer()) != 7
+    use_prefix_of(mine, tmp_path, sets["test"].key)
+    assert prefix_id(mine) == 7
 
 
 def test_special_ids() -> None:
