@@ -97,6 +97,8 @@ class OpenAIClient:
         self.capabilities = Capabilities(next_token=next_token, structured=structured, context_tokens=context_tokens)
         self._fatal: SaescopeError | None = None
         self._unanswered = 0
+        self._deaf = False
+        """Whether no connection could be made in the whole last call: then one attempt a request is enough."""
         self._probing, self._open = asyncio.Lock(), asyncio.Event()
         """Held while the server is asked whether it is alive; set while requests may go out."""
 
@@ -143,6 +145,7 @@ class OpenAIClient:
             await asyncio.gather(*(one(i) for i in range(len(requests)) if i not in answers))
         if self._fatal is not None:
             raise self._fatal
+        self._deaf = bool(requests) and all(isinstance(a, Failure) and a.code == "connection" for a in answers.values())
         return [answers[i] for i in range(len(requests))]
 
     async def _insist(self, sdk: Any, gate: Gate, request: Any, index: int) -> Any:
@@ -173,7 +176,7 @@ class OpenAIClient:
                     finally:
                         insisted_s += time.monotonic() - began
                 gate.success()
-                self._unanswered = 0
+                self._unanswered, self._deaf = 0, False
                 return answer
             except Retry as error:
                 if error.code == "rate_limited":
@@ -183,8 +186,8 @@ class OpenAIClient:
                     if self._unanswered >= DEAD_AFTER_ATTEMPTS:
                         await self._see_whether_dead(sdk, gate, error)
                 wait_s = self._wait_s(index, attempt, error.after_s)
-                last = attempt == self.retries.attempts - 1
                 insisted_s += wait_s
+                last = self._deaf or attempt == self.retries.attempts - 1
                 if last or insisted_s > self.retries.total_s:
                     error.attempts = attempt + 1
                     raise

@@ -158,6 +158,20 @@ def test_429_lowers_the_number_in_flight() -> None:
         assert server.most_in_flight <= 16
 
 
+def test_a_server_that_was_away_is_tried_once_until_it_is_back() -> None:
+    """Explanations of one SAE after another: each would wait half a minute for a server that is not there."""
+    with ChatServer(lambda body, n: completion("x")) as gone:
+        pass
+    client = server_client(gone)
+    said = [client.generate([ask("a"), ask("b")]) for _ in range(2)]
+    assert all(isinstance(r, Failure) and r.code == "connection" for replies in said for r in replies)
+    assert [replies[0].detail.split(":")[0] for replies in said] == ["4 attempts", "1 attempts"]
+    with ChatServer(lambda body, n: Fault("reset") if n == 2 else completion("x")) as back:
+        client.base_url = back.url
+        assert [r.text for r in client.generate([ask("a"), ask("b")])] == ["x", "x"]
+        assert client.generate([ask("c")])[0].text == "x"  # insisted on again
+
+
 def test_many_requests_fly_at_once() -> None:
     def answer(body, n):
         time.sleep(0.1)
