@@ -22,7 +22,21 @@ MAX_STRENGTH = 9
 CHAT_ROLES = ("system", "user", "assistant")
 _SECTION = re.compile(r"^<!-- *([a-z_]+) *-->\n", re.M)
 _HOLE = re.compile(r"\{\{([a-z_]+)\}\}")
-_VISIBLE = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+class _Visible(dict[int, str]):
+    """Table of :meth:`str.translate`: how a character is shown, found out when it first occurs."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        self[code] = shown = char if char.isprintable() else f"\\x{code:02x}"
+        return shown
+
+
+_VISIBLE = _Visible({ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"})
+_ALONE: dict[int, tuple[Any, dict[int, str]]] = {}
+"""Texts of single tokens by the tokenizer's identity (some have no hash); holding it keeps the number its own."""
+TOKENIZERS_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -86,11 +100,36 @@ def escaped(text: str) -> str:
 
     A window so written cannot open a line of its own, hence cannot pose as a number, a heading or an instruction block.
     """
-    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+    return text if text.isprintable() else text.translate(_VISIBLE)  # each costs a fiftieth of a walk over the text
+
+
+def _alone(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Text of each token without the others."""
+    held, texts = _ALONE.get(id(tokenizer), (None, {}))
+    if held is not tokenizer:
+        if len(_ALONE) >= TOKENIZERS_KEPT:
+            _ALONE.clear()
+        _ALONE[id(tokenizer)] = tokenizer, texts
+    for i in token_ids:
+        if i not in texts:
+            texts[i] = str(tokenizer.decode([i]))
+    return [texts[i] for i in token_ids]
 
 
 def pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Text of each token such that the pieces joined are the text of all; half a character waits for its other half."""
+    """Text of each token such that the pieces joined are the text of all; half a character waits for its other half.
+
+    Where the tokens' own texts already are such pieces (byte-level tokenizers, whole characters) the window is decoded
+    once. Elsewhere (a leading space that only shows behind another token, half a character) every beginning of it is.
+    """
+    single = _alone(tokenizer, token_ids)
+    joined = "".join(single)
+    if "\ufffd" not in joined and joined == tokenizer.decode(list(token_ids)):
+        return single
+    return _by_beginnings(tokenizer, token_ids)
+
+
+def _by_beginnings(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     out: list[str] = []
     before = ""
     for i in range(len(token_ids)):

@@ -98,6 +98,49 @@ def test_half_a_character_at_the_end_is_kept() -> None:
     assert "\n" not in window_text(TOKENIZER, ids)
 
 
+def by_beginnings(tokenizer, ids) -> list[str]:
+    """What a piece is, without a short cut: the text that a token adds to the text of those before it."""
+    out, before = [], ""
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[: i + 1])
+        half = text.endswith("\ufffd") and i + 1 < len(ids)
+        out.append("" if half else text[len(before) :])
+        before = before if half else text
+    return out
+
+
+class Spaced(Words):
+    """Drops the space before its first word, as SentencePiece does: a token alone reads otherwise than in a text."""
+
+    def decode(self, ids) -> str:
+        return super().decode(ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize("text", ["plain words", "naïve 👍🏽 日本 and 😀😀", "a\n\tb\r", "\ufffd a", " x  y "])
+@pytest.mark.parametrize("shift", range(3))
+def test_pieces_are_what_each_token_adds(text: str, shift: int) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)[shift:]
+    assert pieces(TOKENIZER, ids) == pieces(TOKENIZER, tuple(ids)) == by_beginnings(TOKENIZER, ids)
+    words = Spaced(" the", " cat", "s", " ", " sat")
+    for ids in ([0, 1, 2, 4], [2, 1], [3, 3, 0], [0]):
+        assert pieces(words, ids) == by_beginnings(words, ids)
+    assert pieces(words, [0, 1, 2, 4]) == ["the", " cat", "s", " sat"]
+
+
+def test_each_tokenizer_keeps_its_own_words() -> None:
+    first = Words("a", "b")
+    for n in range(7):  # more than are kept
+        assert pieces(Words(f"{n}", "x"), [0, 1]) == [f"{n}", "x"]
+        assert pieces(first, [1, 0]) == ["b", "a"]
+
+
+def test_every_character_is_shown_as_before_or_as_its_number() -> None:
+    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    for c in (*map(chr, range(0x3100)), "\ud83d", "\ufeff", "\U0001f44d", "\U000e0041", "\U0010ffff"):
+        assert escaped(f"a{c}") == "a" + named.get(c, c if c.isprintable() else f"\\x{ord(c):02x}")
+    assert escaped("one\ntwo" * 3) == "one\\ntwo" * 3 and escaped("") == ""
+
+
 @pytest.mark.parametrize(("act", "want"), [(0, 0), (-1, 0), (0.01, 1), (1.0, 1), (1.01, 2), (8.5, 9), (9, 9)])
 def test_strength_is_ceil_of_ninths(act: float, want: int) -> None:
     assert strength(act, 9.0) == want
