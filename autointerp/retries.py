@@ -4,7 +4,6 @@ import asyncio
 import math
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from sae.connection import why_unreachable
 from sae.errors import ConfigError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -132,13 +132,16 @@ def why_silent(url: str | None) -> str | None:
         return None
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=CONNECT_S).close()
-    except (OSError, ValueError) as error:
-        return (
-            f"no server can be reached at {url} ({getattr(error, 'strerror', None) or error}): start it, or give "
-            "another base URL; without it only what was asked before has an answer"
-        )
-    return None
+    except ValueError as error:  # no number, or one that no port has
+        silence: str | None = str(error)
+    else:
+        silence = why_unreachable(parts.hostname, port, CONNECT_S)
+    if silence is None:
+        return None
+    return (
+        f"no server can be reached at {url} ({silence}): start it, or give another base URL; without it only what was "
+        "asked before has an answer"
+    )
 
 
 def retry_after_s(headers: Any) -> float | None:

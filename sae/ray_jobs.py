@@ -9,7 +9,8 @@ import logging
 import os
 import platform
 import shutil
-import socket
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
+from sae.connection import why_unreachable
 from sae.errors import ConfigError, MissingExtra
 
 HOST_VARIABLE = "SAESCOPE_HOST"
@@ -154,10 +156,13 @@ def check_cluster(*, gpus: float, shared: Sequence[Path]) -> None:
 def _connect(ray: Any, workers: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray's own handler ends the process with status 1
     except (OSError, RuntimeError, ValueError) as error:
         if not address:
             raise
@@ -171,7 +176,9 @@ def _reach(address: str) -> None:
     """OSError where nothing answers at HOST:PORT, for which Ray itself would wait for minutes."""
     place, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in place:
-        socket.create_connection((place.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        silence = why_unreachable(place.strip("[]"), int(port), CONNECT_S)
+        if silence is not None:
+            raise OSError(silence)
 
 
 def _workplaces(ray: Any, gpus: float) -> list[dict[str, Any]]:

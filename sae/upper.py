@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 """Largest difference of logits accepted at construction, relative to their largest absolute value (float32)."""
 _CHECK_TOKENS = 12
+_NUMBERS = ("layer_idx", "layer_id")
+"""What modules call the number of their block; the second one GPT-Neo."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,14 @@ def _copied(module: Any) -> Any:
 
 
 def _renumber(block: Any, first: int, index: int) -> None:
-    """Blocks find their keys and values by ``layer_idx``; the view's first block has number 0."""
+    """Blocks find their keys and values by their number; that of the view's first block is 0."""
     for name, child in list(block._modules.items()):
-        if child is not None and any(hasattr(m, "layer_idx") for m in child.modules()):
+        if child is not None and any(hasattr(m, number) for m in child.modules() for number in _NUMBERS):
             block._modules[name] = _copied(child)
             _renumber(block._modules[name], first, index)
-    if getattr(block, "layer_idx", None) is not None:
-        block.layer_idx = index
+    for number in _NUMBERS:
+        if getattr(block, number, None) is not None:
+            setattr(block, number, index)
 
 
 def _shortened(config: Any, first: int) -> Any:

@@ -46,6 +46,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=8.0)),
     "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES)),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**NEOX)),
+    "gpt_neo": lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(hidden_size=32, num_layers=4, num_heads=4, window_size=8, max_position_embeddings=128,
+                        attention_types=[[["global", "local"], 2]], **IDS)),
 }
 
 
