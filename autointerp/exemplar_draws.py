@@ -17,7 +17,7 @@ from autointerp.config import ExemplarConfig
 from autointerp.documents import assert_disjoint
 from autointerp.n2g import Pair
 from autointerp.records import EXPLAIN, SCORE, Exemplar
-from autointerp.windows import Runs, Windows, find_runs, peak_placed, run_bounds
+from autointerp.windows import Runs, Windows, entry_bounds, find_runs, peak_placed, run_bounds
 from sae.errors import LeakError
 from sae.manifest import rng
 
@@ -153,7 +153,7 @@ class LatentDraw:
         """The window from flat index ``start``; ``peak`` is a flat index, -1 for a silent window."""
         text = self.text
         row, column = divmod(int(start), text.windows.row_tokens)
-        low, high = np.searchsorted(self.flat, [start, start + length])
+        low, high = entry_bounds(self.flat, start, length)
         acts = np.zeros(int(length), dtype=np.float32)
         acts[self.flat[low:high].astype(np.int64) - start] = self.value[low:high]
         doc = int(text.doc_of_N[start])

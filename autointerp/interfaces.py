@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from autointerp.judge_sizes import JudgeSizes
-from autointerp.records import CALIBRATE, SCORE, Exemplar, Explanation, LatentScore, LatentView, ScoreItem, Simulation
+from autointerp.records import (
+    CALIBRATE,
+    SCORE,
+    Exemplar,
+    Explanation,
+    Failure,
+    LatentScore,
+    LatentView,
+    ScoreItem,
+    Simulation,
+)
 from sae.errors import LeakError, Unsupported
 
 if TYPE_CHECKING:
@@ -153,8 +163,11 @@ class Named(Protocol):
     version: ClassVar[int]
 
 
-def explanation_by(explainer: Named, view: LatentView, *, candidate: int = 0, **said: Any) -> Explanation:
-    """A record of what ``explainer`` says of the latent of ``view``; ``said``: all fields that do not name it."""
+def explanation_by(
+    explainer: Named, view: LatentView, found: str | Failure, *, candidate: int = 0, **said: Any
+) -> Explanation:
+    """A record of what ``explainer`` says of the latent of ``view``: the text that was ``found``, or why there is none.
+    ``said``: all fields but these and those that name it."""
     return Explanation(
         explanation_id=f"{view.sae_id}/{view.latent}/{explainer.name}/{candidate}",
         sae_id=view.sae_id,
@@ -162,6 +175,8 @@ def explanation_by(explainer: Named, view: LatentView, *, candidate: int = 0, **
         explainer=explainer.name,
         explainer_version=explainer.version,
         candidate=candidate,
+        text=None if isinstance(found, Failure) else found,
+        failure=found if isinstance(found, Failure) else None,
         **said,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autointerp.windows import Windows
+from autointerp.windows import Windows, entry_bounds
 
 STRATA = ("same_token", "co_occurring", "decoder_near", "rest")
 HARD_KINDS = STRATA[:3]
@@ -88,9 +88,7 @@ def documents_first(order: Ints, doc_of: NDArray[np.int32]) -> Ints:
 
 def verify_silent(windows: Windows, chosen: Ints, active_flat: NDArray[np.uint32]) -> None:
     """Binary search in the latent's sorted positions: no drawn window may hold one of them."""
-    start = windows.start[chosen]
-    low = np.searchsorted(active_flat, start)
-    high = np.searchsorted(active_flat, start + windows.length[chosen])
+    low, high = entry_bounds(active_flat, windows.start[chosen], windows.length[chosen])
     if np.any(low != high):
         wrong = chosen[low != high].tolist()
         raise AssertionError(f"windows {wrong} were drawn as silent but hold activations: the window index is wrong")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from autointerp.interfaces import ExplainContext, explanation_by
 from autointerp.n2g import MAX_SUFFIX, BuildResult, Matcher, Pair, build_many, pad_token
@@ -9,6 +10,8 @@ from autointerp.records import Explanation, LatentView
 from sae.manifest import sha256_text
 
 KIND = "random_positive"
+_HASHES: "WeakKeyDictionary[Any, tuple[int, str]]" = WeakKeyDictionary()
+"""By tokenizer its size when it was looked at, as tokens may be added, and the hash."""
 
 
 class PatternExplainer:
@@ -42,10 +45,9 @@ class PatternExplainer:
         return explanation_by(
             self,
             view,
-            text=None if failure else result.patterns.words(decode),
+            failure or result.patterns.words(decode),
             pattern=None if failure else result.patterns.dump(),
             exemplar_ids=tuple(e.exemplar_id for e in view.exemplars if e.kind == KIND),
-            failure=failure,
         )
 
 
@@ -57,6 +59,11 @@ def pairs_of(view: LatentView) -> list[Pair]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """16 hex digits over the vocabulary: patterns are keyed by token id."""
-    vocabulary = tokenizer.get_vocab()
-    return sha256_text("\n".join(f"{vocabulary[t]} {t}" for t in sorted(vocabulary)))[:16]
+    """16 hex digits over the vocabulary: patterns are keyed by token id. Sorting it takes 50 ms or more, so it is done
+    once for each tokenizer."""
+    size, known = _HASHES.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):
+        vocabulary = tokenizer.get_vocab()
+        known = sha256_text("\n".join(f"{vocabulary[t]} {t}" for t in sorted(vocabulary)))[:16]
+        _HASHES[tokenizer] = (len(tokenizer), known)
+    return known

@@ -369,12 +369,18 @@ def _show(value: float | None) -> str:
 
 def open_scores(folder: Path) -> Scores:
     """Records of one ``scores/<key>/``."""
-    read_manifest(folder)
+    checks = open_checks(folder)
     folder = Path(folder)
     return Scores(
         read_parquet(folder / "scores.parquet", LatentScore), read_parquet(folder / "items.parquet", ScoreItem),
-        read_parquet(folder / "simulations.parquet", Simulation), read_jsonl(folder / "judges.jsonl", JudgeCheck),
+        read_parquet(folder / "simulations.parquet", Simulation), checks,
     )
+
+
+def open_checks(folder: Path) -> list[JudgeCheck]:
+    """The judges' checks of one ``scores/<key>/`` alone."""
+    read_manifest(folder)
+    return read_jsonl(Path(folder) / "judges.jsonl", JudgeCheck)
 
 
 def failures_of(records: Sequence[Any]) -> dict[str, int]:

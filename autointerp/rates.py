@@ -10,6 +10,7 @@ import numpy as np
 
 from sae.manifest import rng
 
+Values = Sequence[float] | np.ndarray
 N_RESAMPLES = 2_000
 """Bootstrap resamples of windows."""
 MAX_FAILED_SHARE = 0.1
@@ -37,36 +38,40 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> Interval | None:
     return Interval(float(max(0.0, centre - half)), float(min(1.0, centre + half)))
 
 
-def auc(positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray) -> float | None:
+def auc(positive: Values, negative: Values) -> float | None:
     """Mann-Whitney: P(positive above negative) + P(tie)/2. None where a class is empty."""
     if len(positive) == 0 or len(negative) == 0:
         return None
     return float(_wins(positive, negative).mean())
 
 
-def _wins(positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray) -> np.ndarray:
+def _wins(positive: Values, negative: Values) -> np.ndarray:
     """[n_pos, n_neg]: 1 where the positive is larger, 1/2 at a tie."""
     difference = np.asarray(positive, dtype=np.float64)[:, None] - np.asarray(negative, dtype=np.float64)[None, :]
     return (np.sign(difference) + 1) / 2
 
 
-def auc_interval(
-    positive: Sequence[float] | np.ndarray, negative: Sequence[float] | np.ndarray, *key: object
-) -> Interval | None:
+def auc_interval(positive: Values, negative: Values, *key: object) -> Interval | None:
     """95 % bootstrap over windows within sign; ``key`` seeds it."""
     if len(positive) < 2 or len(negative) < 2:
         return None
     wins = _wins(positive, negative)
     n_pos, n_neg = wins.shape
-    generator = rng("auc_interval", *key)
-    # A resample is a vector of multiplicities; two matrix products replace 2,000 rank computations.
-    times_pos = generator.multinomial(n_pos, np.full(n_pos, 1 / n_pos), size=N_RESAMPLES)
-    times_neg = generator.multinomial(n_neg, np.full(n_neg, 1 / n_neg), size=N_RESAMPLES)
-    values = ((times_pos @ wins) * times_neg).sum(1) / (n_pos * n_neg)
     estimate = float(wins.mean())
     if estimate in (0.0, 1.0):  # no pair (or every pair) is out of order, and so in every resample
         return auc_score_interval(estimate, n_pos, n_neg)
-    return interval_of(values, estimate)
+    if np.ptp(wins) == 0:  # all are ties, and so in every resample
+        return None
+    times_pos, times_neg = _times("auc_interval", key, n_pos, n_neg)
+    # Two matrix products replace 2,000 rank computations.
+    return interval_of(((times_pos @ wins) * times_neg).sum(1) / (n_pos * n_neg), estimate)
+
+
+def _times(purpose: str, key: Sequence[object], *sizes: int) -> list[np.ndarray]:
+    """How often each of n windows is in a resample of n, [R, n] for each of ``sizes``. Nine tenths of the time of an
+    interval: each number is drawn by itself."""
+    generator = rng(purpose, *key)
+    return [generator.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) for n in sizes]
 
 
 def auc_score_interval(value: float, n_pos: int, n_neg: int, z: float = 1.959964) -> Interval:
@@ -91,12 +96,7 @@ def auc_score_interval(value: float, n_pos: int, n_neg: int, z: float = 1.959964
     return Interval(bound(0.0), bound(1.0))
 
 
-def average_precision(
-    positive: Sequence[float] | np.ndarray,
-    negative: Sequence[float] | np.ndarray,
-    negative_weights: Sequence[float] | np.ndarray,
-    pi: float,
-) -> float | None:
+def average_precision(positive: Values, negative: Values, negative_weights: Values, pi: float) -> float | None:
     """Area under precision over recall at the population's rates (AUTOINTERP 5.2): sum over cuts of the rise of recall
     times the precision there. Windows of equal value are called together, so a constant judge has ``pi``.
 
@@ -110,32 +110,20 @@ def average_precision(
 
 
 def average_precision_interval(
-    positive: Sequence[float] | np.ndarray,
-    negative: Sequence[float] | np.ndarray,
-    negative_weights: Sequence[float] | np.ndarray,
-    pi: float,
-    *key: object,
+    positive: Values, negative: Values, negative_weights: Values, pi: float, *key: object
 ) -> Interval | None:
     """95 % bootstrap over windows within sign; ``key`` seeds it."""
     if len(positive) < 2 or len(negative) < 2 or not 0 < pi < 1:
         return None
-    generator = rng("average_precision_interval", *key)
-    times = [
-        generator.multinomial(len(side), np.full(len(side), 1 / len(side)), size=N_RESAMPLES)
-        for side in (positive, negative)
-    ]
+    times = _times("average_precision_interval", key, len(positive), len(negative))
     estimate = average_precision(positive, negative, negative_weights, pi)
     return interval_of(_average_precisions(positive, negative, negative_weights, pi, *times), estimate)
 
 
 def _average_precisions(
-    positive: Sequence[float] | np.ndarray,
-    negative: Sequence[float] | np.ndarray,
-    negative_weights: Sequence[float] | np.ndarray,
-    pi: float,
-    times_pos: np.ndarray,
+    positive: Values, negative: Values, negative_weights: Values, pi: float, times_pos: np.ndarray,
     times_neg: np.ndarray,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """[R] from how often each window is drawn, [R, n_pos] and [R, n_neg]."""
     cuts, place = np.unique(-np.concatenate([positive, negative]).astype(np.float64), return_inverse=True)
     at = np.eye(len(cuts))[place.ravel()]  # [n, cuts], the highest value first
@@ -210,9 +198,7 @@ def f1_of(precision: float | None, recall: float) -> float | None:
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
-def pooled_precision(
-    pi: Sequence[float] | np.ndarray, recall: Sequence[float] | np.ndarray, phi: Sequence[float] | np.ndarray
-) -> float | None:
+def pooled_precision(pi: Values, recall: Values, phi: Values) -> float | None:
     """Precision of an SAE: sum pi R / sum (pi R + (1 - pi) phi) over its latents (AUTOINTERP 5.2, headline).
 
     Vectors over latents; None where nothing is called active or there are no latents.

@@ -127,6 +127,13 @@ def grid_windows(
     return Windows(start, length, doc, row_tokens, int(np.asarray(keep_N).size))
 
 
+def entry_bounds(
+    flat_e: NDArray[np.integer], start: int | Ints, length: int | Ints
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(first, one past last) place in a latent's ascending flat indices of those inside each window; equal: none is."""
+    return np.searchsorted(flat_e, start), np.searchsorted(flat_e, start + length)
+
+
 def run_bounds(runs: Runs, flat_n: Ints) -> tuple[Ints, Ints]:
     """(first, one past last) flat index of the run around each flat token; the token must lie in a run."""
     at = np.searchsorted(runs.start, flat_n, side="right") - 1

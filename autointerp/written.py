@@ -146,15 +146,15 @@ class WrittenExplainer:
     def _record(
         self, view: LatentView, shown: list[Exemplar], answer: Answer[str], candidate: int, client: Client
     ) -> Explanation:
-        text = answer.value if isinstance(answer.value, str) else None
+        found = answer.value
         return explanation_by(
             self,
             view,
+            found,
             candidate=candidate,
             role=self.role,
-            text=text,
             selected=candidate == 0,
-            hedged=bool(text and _HEDGE.search(text)),
+            hedged=isinstance(found, str) and _HEDGE.search(found) is not None,
             llm=client.identity.model,
             llm_revision=client.identity.revision,
             prompt_sha256=self.prompt.sha256,
@@ -162,7 +162,6 @@ class WrittenExplainer:
             prompt_tokens=answer.usage.prompt_tokens,
             cached_tokens=answer.usage.cached_tokens,
             output_tokens=answer.usage.output_tokens,
-            failure=answer.value if isinstance(answer.value, Failure) else None,
         )
 
 

@@ -178,7 +178,7 @@ class Interpretation:
                 except Exception as error:
                     self.log.fail(sae_id, "score", error)
             stage.finish(folders.values())
-            checks = [c for f in list(folders.values())[:1] for c in pipeline.open_scores(f).checks]
+            checks = [c for f in list(folders.values())[:1] for c in pipeline.open_checks(f)]
             self.log.notes["judges"] = [c.to_dict() for c in checks]
             self.log.notes["llm"] = self.client.ledger.totals()
             stage.note = ", ".join(f"{c.scorer} judge AUC {c.auc:.2f}" for c in checks if c.auc is not None)

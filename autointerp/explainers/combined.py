@@ -39,22 +39,20 @@ class Combined:
         return [[self._joined(view, a[0], b[0])] for view, a, b in zip(views, *found, strict=True)]
 
     def _joined(self, view: LatentView, before: Explanation, after: Explanation) -> Explanation:
-        text: str | None = None
-        failure = before.failure or after.failure
-        if failure is None and before.text and after.text:
-            text = f"{before.text}; the next words: {after.text}"
-        elif failure is None:
-            failure = Failure(code="unsupported", stage="explain", detail="a bare pattern has no text to join")
+        found: str | Failure | None = before.failure or after.failure
+        if found is None and before.text and after.text:
+            found = f"{before.text}; the next words: {after.text}"
+        elif found is None:
+            found = Failure(code="unsupported", stage="explain", detail="a bare pattern has no text to join")
         return explanation_by(
             self,
             view,
+            found,
             role="both",
-            text=text,
             hedged=before.hedged or after.hedged,
             llm=before.llm or after.llm,
             llm_revision=before.llm_revision or after.llm_revision,
             exemplar_ids=before.exemplar_ids,
-            failure=failure,
         )
 
 

@@ -123,10 +123,10 @@ class Pmi:
             "exemplar_ids": tuple(e.exemplar_id for e in (*active, *silent)),
         }
         if not labels:
-            return explanation_by(self, view, failure=Failure(code="too_few_positive", stage="explain"), **common)
+            return explanation_by(self, view, Failure(code="too_few_positive", stage="explain"), **common)
         failed = [a for a in answers if not isinstance(a, LogprobReply)]
         if failed:
-            return explanation_by(self, view, failure=failed[0], **common)
+            return explanation_by(self, view, failed[0], **common)
         usage = [a.usage for a in answers]
         common["prompt_tokens"] = sum(u.prompt_tokens for u in usage)
         common["cached_tokens"] = sum(u.cached_tokens for u in usage)
@@ -135,8 +135,8 @@ class Pmi:
         if margin <= 0:
             detail = f"no explanation found: best {choice.label!r} at {choice.contrast:.2f}, floor {choice.floor:.2f}"
             failure = Failure(code="no_candidate", stage="explain", detail=detail)
-            return explanation_by(self, view, failure=failure, margin=margin, **common)
-        return explanation_by(self, view, text=choice.label, margin=margin, **common)
+            return explanation_by(self, view, failure, margin=margin, **common)
+        return explanation_by(self, view, choice.label, margin=margin, **common)
 
 
 def choose(labels: Sequence[str], logp_nm: np.ndarray, n_active: int) -> _Choice:

@@ -20,12 +20,11 @@ class TokenList:
         return [[self._explain(view, decoder)] for view in views]
 
     def _explain(self, view: LatentView, decoder: Decoder) -> Explanation:
-        text = list_text(decoder, view)
-        failure = None
-        if text is None:
-            failure = Failure(code="too_few_positive", stage="explain", detail="no positive window to list words from")
+        found: str | Failure | None = list_text(decoder, view)
+        if found is None:
+            found = Failure(code="too_few_positive", stage="explain", detail="no positive window to list words from")
         shown = tuple(e.exemplar_id for e in view.exemplars if e.positive)
-        return explanation_by(self, view, text=text, exemplar_ids=shown, failure=failure)
+        return explanation_by(self, view, found, exemplar_ids=shown)
 
 
 PLUGIN = TokenList

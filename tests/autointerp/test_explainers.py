@@ -8,6 +8,7 @@ from judges import COIN, ORACLE, TOKENIZER, TOPICS, Words, last_acts, refuse, to
 from autointerp.client import CachedClient
 from autointerp.clients.scripted import ScriptedClient
 from autointerp.interfaces import NEEDS, ExplainContext, Explainer, check_needs
+from autointerp.pattern_explainer import tokenizer_hash
 from autointerp.records import FAILURE_CODES, Explanation, LatentView
 from sae import plugins
 from sae.errors import LeakError, Unsupported
@@ -23,6 +24,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAESCOPE_CACHE", str(tmp_path_factory.getbasetemp() / "saescope_cache"))
+
+
+def test_the_vocabulary_is_sorted_once_per_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at each SAE; anew where tokens were added."""
+    from tiny import byte_tokenizer
+
+    first, second, asked = byte_tokenizer(), byte_tokenizer(), []
+    whole = type(first).get_vocab
+    monkeypatch.setattr(type(first), "get_vocab", lambda self: asked.append(self) or whole(self))
+    hashes = [tokenizer_hash(t) for t in (first, first, second, first)]
+    assert len(set(hashes)) == 1 and len(hashes[0]) == 16 and len(asked) == 2
+    first.add_tokens(["<new>"])
+    assert tokenizer_hash(first) != hashes[0] == tokenizer_hash(second) and len(asked) == 3
 
 
 def explain(name: str, views: list[LatentView], answer=ORACLE) -> tuple[list[list[Explanation]], ScriptedClient]:

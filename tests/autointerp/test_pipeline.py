@@ -20,6 +20,7 @@ from autointerp.pipeline import (
     jobs_for,
     load_plugins,
     make_jobs,
+    open_checks,
     open_explanations,
     open_scores,
     score,
@@ -195,7 +196,9 @@ def test_failed_explanations_are_null_rows_without_requests(tmp_path: Path, exem
 
 def test_scores_come_back_sorted_with_the_judges_check(tmp_path: Path, exemplars: ExemplarTable) -> None:
     folder = explain(tmp_path, exemplars, [Says(lambda i, c: f"text {i}")], context())
-    found = open_scores(score(tmp_path, folder, exemplars, [Embedding(), Detection()], judge()[0]))
+    scored = score(tmp_path, folder, exemplars, [Embedding(), Detection()], judge()[0])
+    found = open_scores(scored)
+    assert open_checks(scored) == found.checks and len(found.checks) == 2
     assert [c.scorer for c in found.checks] == ["detection", "embedding"] and all(c.weak for c in found.checks)
     keys = [(s.latent, s.explainer, s.scorer, s.floor_kind, s.metric, s.group, s.explanation_id) for s in found.scores]
     assert keys == sorted(keys) and len(set(keys)) == len(keys)

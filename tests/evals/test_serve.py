@@ -2,7 +2,11 @@
 
 import http.client
 import json
+import os
+import signal
 import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from nasty_texts import NASTY
 from evals import serve
 from evals.live import MAX_CHARACTERS, Live
 from sae.checkpoint import load
+from sae.connection import why_unreachable
 from sae.errors import ArtefactError, ConfigError
 from sae.tokens import prefix_id
 
@@ -135,3 +140,27 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(root: Path, live
         assert serve.main(["--root", str(root), "--port", str(port)]) == 2
     said = capsys.readouterr()
     assert f"--port {port}: Address already in use; give another --port" in said.err and "http" not in said.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_with_130(root: Path, live: Live, capsys, number: int) -> None:
+    pytest.importorskip("uvicorn", reason="pip install saescope[serve]")
+    (root / "site").mkdir(parents=True, exist_ok=True)
+    (root / "site" / "index.html").touch()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    end = time.monotonic() + 60
+    up: list[bool] = []
+
+    def interrupt() -> None:
+        while not up and time.monotonic() < end:
+            time.sleep(0.05)
+            up.extend([True] if why_unreachable("127.0.0.1", port, 1.0) is None else [])
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert serve.main(["--root", str(root), "--port", str(port)]) == 130
+    thread.join()
+    assert up and capsys.readouterr().err.endswith("interrupted\n")
