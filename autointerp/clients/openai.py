@@ -124,11 +124,7 @@ class OpenAIClient:
         options: dict[str, Any] = {"api_key": key, "base_url": self.base_url, "timeout": self.timeout_s}
         options["max_retries"] = 0
         async with AsyncExitStack() as stack:
-            opened = [self._sdk.AsyncOpenAI(**options)]
-            if opened[0].base_url.scheme == "http":  # each line of an encrypted one would load all certificates anew
-                n_lines = -(-min(self.concurrency, len(requests)) // CONNECTIONS_PER_LINE)
-                plain = [self._sdk.DefaultAsyncHttpxClient(verify=False) for _ in range(n_lines - 1)]
-                opened += [self._sdk.AsyncOpenAI(http_client=one, **options) for one in plain]
+            opened = [self._sdk.AsyncOpenAI(http_client=one, **options) for one in self._http_clients(len(requests))]
             sdk = Lines([await stack.enter_async_context(one) for one in opened])
 
             async def one(i: int) -> None:
@@ -147,6 +143,15 @@ class OpenAIClient:
             raise self._fatal
         self._deaf = bool(requests) and all(isinstance(a, Failure) and a.code == "connection" for a in answers.values())
         return [answers[i] for i in range(len(requests))]
+
+    def _http_clients(self, n_requests: int) -> list[Any]:
+        """One per line of a plain-text server, which needs no certificates (20 ms of loading them for each); None, the
+        SDK's own, for an encrypted one."""
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or ""
+        if not url.lower().startswith("http://"):
+            return [None]
+        n_lines = -(-min(self.concurrency, max(1, n_requests)) // CONNECTIONS_PER_LINE)
+        return [self._sdk.DefaultAsyncHttpxClient(verify=False) for _ in range(n_lines)]
 
     async def _insist(self, sdk: Any, gate: Gate, request: Any, index: int) -> Any:
         """Reply or failure; None once the run is to stop."""
