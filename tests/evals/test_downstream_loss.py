@@ -77,7 +77,9 @@ def test_equal_to_a_float64_brute_force(tiny_lm, hookpoint, store, tmp_path) -> 
     assert found["kl"].value == pytest.approx(np.mean(kl), rel=1e-5)
     assert found["top1_agree"].value == pytest.approx(np.mean(top1), abs=2 / len(top1))
     details = found["details"]
-    assert details["kl.num"].sum() / details["kl.den"].sum() == pytest.approx(found["kl"].value)
+    for name in ("delta_ce", "kl", "top1_agree"):
+        share = details[f"{name}.num"].sum() / details[f"{name}.den"].sum()
+        assert share == pytest.approx(found[name].value, rel=1e-6), name
     assert found["kl"].n == len(details) and found["kl"].ci_low < found["kl"].value < found["kl"].ci_high
 
 

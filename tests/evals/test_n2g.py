@@ -193,6 +193,20 @@ def test_rows_are_means_over_latents(cache, rows, monkeypatch, tmp_path):
     details = result.details
     assert details["n2g_f1.num"].sum() / details["n2g_f1.den"].sum() == pytest.approx(f1.mean())
     assert details[details.latent == 4].failure.item() == "n2g_degenerate"
+    assert result.counts["n_silent"] == 0
+    few = details.n_fires.between(1, n2g_scores.LOW_SUPPORT - 1)
+    assert result.counts["n_low_support"] == few.sum()
+
+
+def test_patterns_without_a_firing_are_counted_and_so_are_those_with_few(cache, monkeypatch):
+    """Latent 0 by a pattern that is nowhere, 1 by one that is there less often than a precision needs."""
+    threes = np.lib.stride_tricks.sliding_window_view(cache.texts["score"][:, 1:], 3, axis=1).reshape(-1, 3)
+    kinds, times = np.unique(threes, axis=0, return_counts=True)
+    rare = tuple(int(i) for i in kinds[(times < n2g_scores.LOW_SUPPORT).argmax()])
+    result = evaluate(cache, {**TRUTH, 0: patterns((40,)), 1: patterns(rare)}, monkeypatch)
+    assert (result.counts["n_silent"], result.counts["n_low_support"]) == (1, 1)
+
+
 
 
 def test_no_pattern_at_all_is_undefined(cache, monkeypatch):

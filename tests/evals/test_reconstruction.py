@@ -163,6 +163,17 @@ def test_planted_densities_are_exact_counts(x, doc) -> None:
     assert histogram["-0.25"] == 1 and histogram["-0.75"] == 1 and histogram["-3.25"] == 1
 
 
+def test_the_percentiles_of_l0_are_the_5th_and_the_95th(x, doc) -> None:
+    """4 % of the tokens have none, 2 % one, 8 % seven, 6 % eight active latents, all others four."""
+    hundredth = N // 100
+    active_N = np.repeat([0, 1, 4, 7, 8], [4 * hundredth, 2 * hundredth, 80 * hundredth, 8 * hundredth, 6 * hundredth])
+    values = (torch.arange(8)[None] < torch.from_numpy(active_N)[:, None]).float()
+    acc = accumulate(x, x, doc, codes=SparseLatents(values, torch.arange(8).expand(N, 8)), block=100)
+    found = rec.code_estimates(acc, 0, 200)
+    expected = (np.quantile(active_N, q, method="inverted_cdf") for q in (0.05, 0.95))
+    assert (found["l0_p05"].value, found["l0_p95"].value) == tuple(expected) == (1, 8)
+
+
 def test_quantile_of_counts() -> None:
     q = rec.quantile_of_counts(np.arange(1.0, 101.0), 0.95)
     assert q(np.ones(100)) == 95

@@ -93,6 +93,15 @@ def test_pairing_narrows_the_interval_of_correlated_subjects() -> None:
     assert paired.p < 0.01
 
 
+def test_an_unpaired_interval_lies_around_the_difference() -> None:
+    r = rng("apart")
+    a, b = (np.stack([r.normal(m, 1, n), np.ones(n)], axis=1) for m, n in ((5, 300), (3, 100)))
+    found = u.unpaired_difference(a, b, u.mean_of_sums, rng(1)).estimate
+    se = math.hypot(a[:, 0].std() / 300**0.5, b[:, 0].std() / 10)
+    assert found.stderr == pytest.approx(se, rel=0.15)
+    assert (found.ci_low, found.ci_high) == pytest.approx((found.value - 1.96 * se, found.value + 1.96 * se), abs=0.05)
+
+
 def test_the_same_subject_twice_differs_by_nothing() -> None:
     a = np.stack([rng(3).normal(size=50), np.ones(50)], axis=1)
     difference = u.paired_difference(a, a, u.mean_of_sums, rng(1))
