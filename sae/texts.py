@@ -96,9 +96,11 @@ def source_exists(source: str) -> None:
     """:class:`ConfigError` for a path that is not there or of no known kind, or a data set's name of another form,
     :class:`MissingExtra` where data sets cannot be read. Reads nothing."""
     if source.startswith("hf:"):
-        _parse_hub(source)
+        revision = _parse_hub(source)["revision"]
         if importlib.util.find_spec("datasets") is None:
             raise MissingExtra("datasets", "hub")
+        if revision is None:
+            logger.warning("%s names no revision: its text may change under one name; write %s@COMMIT", source, source)
     elif source != "default":
         text_files(source)
 

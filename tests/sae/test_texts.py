@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sae.errors import ConfigError, DataError, MissingExtra
@@ -18,6 +19,7 @@ from sae.texts import (
     MANY_FILES,
     SHORT_PIECE_CHARACTERS,
     iter_documents,
+    source_exists,
     source_key,
     text_files,
 )
@@ -224,3 +226,48 @@ def test_a_malformed_hub_name(source: str) -> None:
 def test_a_hub_name_without_the_extra() -> None:
     with pytest.raises(MissingExtra, match=r"pip install 'saescope\[hub\]'"):
         list(iter_documents("hf:org/name/config:train:text@main"))
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder laid out as a data set of the hub is: two parquet shards. Without network."""
+    pytest.importorskip("datasets", reason="the extra `hub` is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True, raising=False)
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        table = pa.table({"text": [f"doc {i} {j} " for j in range(2)] + [None], "other": ["x", "y", "z"]})
+        pq.write_table(table, folder / f"train-0000{i}-of-00002.parquet")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_data_set_of_the_hub_s_layout(hub_folder: Path) -> None:
+    found = list(iter_documents("hf:org/name:train"))
+    assert [d.text for d in found if d.text] == ["doc 0 0", "doc 0 1", "doc 1 0", "doc 1 1"]
+    assert {d.source for d in found} == {"hf:org/name:train"}
+    assert [d.text for d in iter_documents("hf:org/name:train:other")] == ["x", "y", "z"] * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("hf:org/name:train:body", "has no column 'body'"),
+        ("hf:org/name:validation", "cannot open the data set.*check the name and the network"),
+        ("hf:org/absent:train", "cannot open the data set.*check the name and the network"),
+    ],
+)
+def test_data_sets_that_cannot_be_read(hub_folder: Path, source: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        list(iter_documents(source))
+
+
+def test_a_data_set_without_a_revision_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    source_exists("hf:org/name:train:text@0123abcd")
+    assert not caplog.records
+    source_exists("hf:org/name:train")
+    assert "write hf:org/name:train@COMMIT" in caplog.text
