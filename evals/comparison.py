@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from evals.columns import ColumnSpec
 from evals.compare_names import Cell, find_cell
 from evals.results import PLACE, current_versions, draws_below, load_results
-from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value
+from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value, spread_of
 from sae.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
@@ -178,8 +178,6 @@ def _made_otherwise(rows: "pd.DataFrame", column: "Column", cell: Cell) -> str:
 def _eval_noise(root: Path, found: "pd.DataFrame", members: "Sequence[Measured]") -> float | None:
     """The largest standard deviation of one subject's value over seeds of the evaluation (METRICS 3.4): one row per
     seed, the newest, and only rows made like the one that is compared."""
-    import numpy as np
-
     from evals.board import newest
     from evals.compare_units import difference_between, read_measured
 
@@ -190,9 +188,8 @@ def _eval_noise(root: Path, found: "pd.DataFrame", members: "Sequence[Measured]"
             continue
         others = [read_measured(root, newest(part).iloc[0]) for _, part in mine.groupby("seed", sort=True)]
         values = [o.value for o in others if o.value is not None and not difference_between(member, o)]
-        if len(values) > 1:
-            spreads.append(float(np.std(values, ddof=1)))
-    return max(spreads, default=None)
+        spreads.append(spread_of(values).sd)
+    return max((sd for sd in spreads if sd is not None), default=None)
 
 
 def _difference(
@@ -206,12 +203,12 @@ def _difference(
 
     members = [m for side in sides for m in side]
     draws, method = common_draws(members, str(base["metric"]))
-    mean_a, mean_b = (float(np.mean(v)) for v in values)
-    sds = [float(np.std(v, ddof=1)) if len(v) > 1 else None for v in values]
-    n = min(m.n for m in members)
+    a, b = (spread_of(v) for v in values)
+    assert a.value is not None and b.value is not None
+    delta, n = b.value - a.value, min(m.n for m in members)
     known: dict[str, Any] = dict(base) | {
-        "a": mean_a, "b": mean_b, "sd_a": sds[0], "sd_b": sds[1], "sd_eval": sd_eval, "delta": mean_b - mean_a,
-        "n": n, "method": method,
+        "a": a.value, "b": b.value, "sd_a": a.sd, "sd_b": b.sd, "sd_eval": sd_eval, "delta": delta, "n": n,
+        "method": method,
     }  # fmt: skip
     verdict = "weak judge: not ranked" if weak else ""
     why = "" if base["better"] == "neither" else "undecided: no "
@@ -220,7 +217,7 @@ def _difference(
         return Line(**known, verdict=verdict or gap["error estimate"])
     cut = len(sides[0])
     delta_R = over_seeds(draws[cut:], str(base["metric"]), "b") - over_seeds(draws[:cut], str(base["metric"]), "a")
-    estimate = summarise(mean_b - mean_a, delta_R, n)
+    estimate = summarise(delta, delta_R, n)
     if estimate.ci_low is None or estimate.ci_high is None:
         equal = bool((delta_R == 0).all())
         return Line(**known, verdict=verdict or ("no difference shown" if equal else gap["interval"]))

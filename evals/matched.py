@@ -14,7 +14,7 @@ import numpy as np
 
 from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
 from evals.gains import Cell, paired_interval
-from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value
+from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value, spread_of
 from evals.uncertainty import MIN_UNITS, holm, summarise
 
 State = Literal["front", "dominated", "undecided", ""]
@@ -252,7 +252,7 @@ def _spreads(
     points += [(weight, names) for weight, names in ((1 - share, low), (share, high)) if weight > 0]
     values = [[board.cells[i, metric.id].value for i in names] for _, names in points]
     return tuple(
-        SeedSpread(float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v), weight)  # type: ignore[arg-type]
+        SeedSpread(spread_of(v).sd or 0.0, len(v), weight)
         for v, (weight, _) in zip(values, points, strict=True)
     )
 

@@ -1,16 +1,16 @@
 """SAEs that differ in nothing but the seed of their training, as one line of the leaderboard. Torch-free."""
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evals.board import Board, BoardSubject, Column
+from evals.compare_names import TRAINED_ALIKE
 from evals.page_text import number, visible
+from evals.seed_noise import Spread, spread_of
 from sae.manifest import canonical_json
 
-ALIKE = ("lm", "lm_revision", "hookpoint", "architecture", "d_in", "d_sae", "k", "train_tokens")
 SEED = re.compile(r"\.s(\d+)-[0-9a-f]{4,}$")
 """The training seed in an sae_id (FORMATS)."""
 
@@ -22,20 +22,6 @@ class Recipe:
     title: str
     members: tuple[BoardSubject, ...]
     """By training seed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A metric over the seeds of a recipe; no number unless every seed has one."""
-
-    value: float | None = None
-    """Mean."""
-    sd: float | None = None
-    """Standard deviation with S - 1."""
-    low: float | None = None
-    high: float | None = None
-    """Smallest and largest."""
-    reason: str = ""
 
 
 def training_seed(subject: BoardSubject, train: Mapping[str, Any]) -> int | None:
@@ -58,7 +44,7 @@ def find_recipes(board: Board, trains: Mapping[str, Mapping[str, Any]]) -> list[
         seed = training_seed(subject, train)
         if seed is not None:
             rest = {n: v for n, v in train.items() if n != "seed"}
-            key = canonical_json([*(subject.fields[f] for f in ALIKE), rest])
+            key = canonical_json([*(subject.fields[f] for f in TRAINED_ALIKE), rest])
             groups.setdefault(key, []).append((seed, subject))
     kept = [
         tuple(s for _, s in sorted(group, key=lambda p: p[0]))
@@ -98,16 +84,6 @@ def spread(board: Board, members: Sequence[BoardSubject], column: Column) -> Spr
     """Mean, deviation and range over the seeds."""
     cells = [board.cells[s.sae_id, column.id] for s in members]
     return spread_of([c.value for c in cells], next((c.reason for c in cells if c.value is None), ""))
-
-
-def spread_of(values: Sequence[float | None], reason: str = "") -> Spread:
-    """The same of numbers; ``reason``: why one of them is missing."""
-    known = [v for v in values if v is not None]
-    if len(known) < len(values) or not known:
-        short = f"{len(known)} of {len(values)} seeds have a value; else {reason}"
-        return Spread(reason=short if known else reason)
-    sd = statistics.stdev(known) if len(known) > 1 else None  # exact: seeds that are equal have a deviation of 0
-    return Spread(value=statistics.fmean(known), sd=sd, low=min(known), high=max(known))
 
 
 def recipe_data(board: Board, recipes: Sequence[Recipe]) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ S training seeds of a recipe, R resamples.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,6 +28,30 @@ class SeedSpread(NamedTuple):
     n: int
     weight: float = 1.0
     """With which their mean enters the difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A metric over the seeds of a recipe; no number unless every seed has one."""
+
+    value: float | None = None
+    """Mean."""
+    sd: float | None = None
+    """Standard deviation with S - 1."""
+    low: float | None = None
+    high: float | None = None
+    """Smallest and largest."""
+    reason: str = ""
+
+
+def spread_of(values: Sequence[float | None], reason: str = "") -> Spread:
+    """Mean, deviation and range of numbers; ``reason``: why one of them is missing."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values) or not known:
+        short = f"{len(known)} of {len(values)} seeds have a value; else {reason}"
+        return Spread(reason=short if known else reason)
+    sd = statistics.stdev(known) if len(known) > 1 else None  # exact: seeds that are equal have a deviation of 0
+    return Spread(value=statistics.fmean(known), sd=sd, low=min(known), high=max(known))
 
 
 def p_value(delta_R: np.ndarray, estimate: "Estimate", n: int) -> float:

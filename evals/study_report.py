@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from evals.board import Board, BoardSubject, Column, build_board, newest
 from evals.comparison import Comparison, Line, compare
-from evals.page_recipes import spread_of
 from evals.page_text import number
 from evals.results import current_versions, draws_below, load_results
+from evals.seed_noise import spread_of
 from sae.errors import ArtefactError
 from sae.manifest import is_complete, read_manifest
 

@@ -10,8 +10,9 @@ from evals.board import Board, build_board
 from evals.latent_page import SaeDigest
 from evals.page_data import RunInfo
 from evals.page_index import index_context
-from evals.page_recipes import counted, find_recipes, spread, spread_of
+from evals.page_recipes import counted, find_recipes, spread
 from evals.results import load_results
+from evals.seed_noise import spread_of
 
 
 @pytest.fixture(scope="module")
