@@ -152,6 +152,9 @@ def test_losses_equal_a_float64_brute_force(tiny_lm, trained, tmp_path, monkeypa
     saved = (total["zero"] - total["sim"]) / (total["zero"] - total["own"])
     assert details["loss_recovered_subset.num"].sum() / details["loss_recovered_subset.den"].sum() == pytest.approx(
         saved, rel=1e-3)
+    for name in ("delta_ce_subset", "kl_subset", "loss_of_subset"):
+        share = details[f"{name}.num"].sum() / details[f"{name}.den"].sum()
+        assert share == pytest.approx(found[name].value, rel=1e-6), name
     assert found["loss_recovered_subset"].n_failed == 1 and result.counts["n_failed_builds"] == 1
 
 

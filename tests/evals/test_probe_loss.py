@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from evals.base import EvalContext
 from evals.baselines import Channels
 from evals.probe_activations import OwnTask, ProbeActivations, ProbeConfig, build_probes
+from evals.probes import RIDGE
 from evals.results import SubjectInfo, write_rows
 from evals.suite import probe_loss
 from evals.suite.probe_loss import PLUGIN, weighted_auc
@@ -102,6 +104,20 @@ def test_the_carrying_channel_is_found(tmp_path):
     family = (np.mean([tasks[0].value, tasks[1].value]) + tasks[2].value) / 2
     assert rows["probe_loss_family_mean"].value == pytest.approx(family)
     assert result.counts["n_unconverged"] == 0 and result.counts["task_set"] == "planted"
+
+
+def test_accuracy_is_that_of_the_chosen_probe_at_even_odds(tmp_path):
+    """By scikit-learn: the likelier class, of a probe whose intercept is not 0."""
+    probes = planted_probes(tmp_path, signal=1.0)
+    result = PLUGIN.run(context(tmp_path, channels(), probes))
+    x, right = np.load(tmp_path / "probes" / "k" / "acts.npy"), []
+    for number, task in enumerate(("one", "two", "three")):
+        split, label_N = next(s for s in probes.splits if s.task == task), probes.rows.label.to_numpy()
+        train, test = x[split.train][:, [5 + number]], x[split.test][:, [5 + number]]
+        mean, std = train.mean(), train.std()
+        model = LogisticRegression(C=1 / RIDGE, tol=1e-10).fit((train - mean) / std, label_N[split.train])
+        right.append(model.score((test - mean) / std, label_N[split.test]))
+    assert by_metric(result)["probe_acc"].value == pytest.approx(np.mean(right)) and 0.6 < np.mean(right) < 0.9
 
 
 def test_details_give_the_mean_over_tasks(tmp_path):

@@ -195,6 +195,15 @@ def test_dense_probe_equals_the_unrotated_fit_and_generalises():
     assert found.c in probes.DENSE_CS
 
 
+def test_rounding_of_a_loud_channel_is_no_feature():
+    """A millionth of its mean is what float32 leaves of it; here it would tell the classes apart for certain."""
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(200, 5)).astype(np.float32), np.arange(200) % 2
+    x[:, 2] = 1e6 + 0.0625 * y
+    found = dense_probe(x[:100], y[:100], np.arange(100), x[100:], y[100:])
+    assert found.scores.loss_N.mean() > LN2 - 0.02
+
+
 def test_dense_probe_survives_a_constant_channel():
     draw = np.random.default_rng(0)
     x, y = draw.normal(size=(100, 5)).astype(np.float32), np.arange(100) % 2

@@ -88,6 +88,17 @@ def test_sigkill_leaves_no_artefact_and_the_next_writer_clears_up(tmp_path: Path
     assert [p.name for p in (tmp_path / "k").iterdir()] == ["abc"]
 
 
+def test_what_another_process_is_writing_is_left_to_it(tmp_path: Path):
+    gone = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    gone.start()
+    gone.join()
+    pids = {"living": os.getppid(), "gone": gone.pid, "our own, of a failed try": os.getpid()}
+    for pid in pids.values():
+        (tmp_path / "k" / f"abc.tmp-{pid}").mkdir(parents=True)
+    write(tmp_path / "k" / "abc")
+    assert {p.name for p in (tmp_path / "k").iterdir()} == {"abc", f"abc.tmp-{pids['living']}"}
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "not json"])
 def test_damage_is_named(tmp_path: Path, damage: str):
     folder = tmp_path / "k" / "abc"
