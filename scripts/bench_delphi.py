@@ -207,9 +207,12 @@ def bench_cache(ours: Ours, delphi: Delphi, repeats: int) -> None:
     what = f"latent cache, {n:,} tokens, {ours.dtype}, {delphi.threads} threads"
     for line in compare(what, *spent, "delphi", per=n / 1e3, unit="a thousand tokens"):
         print(line, flush=True)
-    stores = bytes_of(ours.folder / "ours" / "activations")
-    print(f"disk: {bytes_of(cache.folder) / n:.1f} bytes a token (and {stores / n:.0f} of activations, which "
-          f"evaluations read too) against {theirs['bytes'] / n:.1f} of delphi")  # fmt: skip
+    stores, whole = bytes_of(ours.folder / "ours" / "activations"), bytes_of(cache.folder)
+    lists = sum(f.stat().st_size for f in cache.folder.iterdir() if f.name.split(".")[1] in ("flat", "value", "keep"))
+    text = sum(t.tokens_BL.nbytes for t in ours.tokens.values())
+    print(f"disk: {(lists + text) / n:.1f} bytes a token and {(whole - lists) / case.F:.0f} a latent (statistics, "
+          f"neighbours) against {theirs['bytes'] / n:.1f} a token of delphi; beside ours lie {stores / n:.0f} a token "
+          "of activations, which evaluations read too")  # fmt: skip
     number, value, kept = our_entries(cache)
     number_2, value_2 = their_entries(Path(delphi.work["latents"]), kept)
     both, mine, other = np.intersect1d(number, number_2, assume_unique=True, return_indices=True)
