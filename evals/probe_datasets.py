@@ -152,6 +152,17 @@ def _stream(path: Path) -> Any:
 
 def build_task(name: str) -> ProbeTask:
     """Read and clean one task of the table. ConfigError if unknown or missing, MissingAsset without texts."""
+    rows, unparsed = raw_rows(name)
+    entry = task_table()[name]
+    return clean(
+        name, entry["family"], rows, positive=entry["positive"] or ["1"], group_key=entry.get("group"),
+        balance=entry.get("transform", "") in ("one_against_rest", "languages"), n_unparsed=unparsed,
+    )  # fmt: skip
+
+
+def raw_rows(name: str) -> tuple[list[RawRow], int]:
+    """Labelled texts of one task of the table before cleaning, and how many rows of its file did not parse. Errors as
+    :func:`build_task`."""
     from sae.assets import probe_csv
 
     table = task_table()
@@ -163,19 +174,13 @@ def build_task(name: str) -> ProbeTask:
     transform = entry.get("transform", "")
     if transform == "base64":
         texts = [prompt for source in entry["sources"] for prompt, _ in read_table(probe_csv(source))]
-        rows, unparsed = base64_rows(texts), 0
-    elif transform == "languages":
+        return base64_rows(texts), 0
+    if transform == "languages":
         from evals.language_tasks import messages
 
-        rows = [RawRow(text, language, stem=source) for language, found in messages().items()
-                for source, text in sorted(found.items())]
-        unparsed = 0
-    else:
-        rows, unparsed = _raw_rows(read_table(probe_csv(entry["source"])), entry)
-    return clean(
-        name, entry["family"], rows, positive=entry["positive"] or ["1"], group_key=entry.get("group"),
-        balance=transform in ("one_against_rest", "languages"), n_unparsed=unparsed,
-    )  # fmt: skip
+        return [RawRow(text, language, stem=source) for language, found in messages().items()
+                for source, text in sorted(found.items())], 0  # fmt: skip
+    return _raw_rows(read_table(probe_csv(entry["source"])), entry)
 
 
 def csv_task(

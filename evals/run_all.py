@@ -6,8 +6,9 @@ Only what ``--help`` needs is imported here; torch comes with the first stage.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from evals.run_config import PRESET_FUNCTIONS, RunConfig
+from evals.run_config import PRESET_FUNCTIONS, RunConfig, saved_config
 from sae import console, exits
 from sae.errors import ConfigError, did_you_mean
 
@@ -15,25 +16,31 @@ LISTED_METRICS = 8
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
-    """Flags over the preset's values; usage errors exit with status 2."""
+    """Flags over the values of the preset, or of a saved configuration; usage errors exit with status 2."""
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    return tyro.cli(
-        RunConfig, args=arguments, default=PRESET_FUNCTIONS[preset_of(arguments)](), prog="python -m evals.run_all"
-    )
+    return tyro.cli(RunConfig, args=arguments, default=defaults(arguments), prog="python -m evals.run_all")
 
 
-def preset_of(arguments: Sequence[str]) -> str:
-    """The value of --preset, which decides the defaults of all other flags."""
+def defaults(arguments: Sequence[str]) -> RunConfig:
+    """Where flags start from: --config, else --preset, else quick. ConfigError for both, and for unknown ones."""
+    saved, preset = _value_of("--config", arguments), _value_of("--preset", arguments)
+    if saved is not None:
+        if preset is not None:
+            raise ConfigError("--config brings the preset of its run; leave --preset")
+        return saved_config(Path(saved))
+    if preset is not None and preset not in PRESET_FUNCTIONS:
+        raise ConfigError(f"unknown --preset {preset!r}{did_you_mean(preset, PRESET_FUNCTIONS)}")
+    return PRESET_FUNCTIONS[preset or "quick"]()
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--preset":
-            value = value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
-            if value not in PRESET_FUNCTIONS:
-                raise ConfigError(f"unknown --preset {value!r}{did_you_mean(value, PRESET_FUNCTIONS)}")
-            return value
-    return "quick"
+        if name == option:
+            return value if equals else (arguments[i + 1] if i + 1 < len(arguments) else "")
+    return None
 
 
 def list_everything() -> None:

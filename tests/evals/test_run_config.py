@@ -1,6 +1,7 @@
 """One training configuration per architecture, each with its own options alone."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from autointerp.clients.scripted import ScriptedClient
 from autointerp.config import InterpConfig
 from evals.interp import Interpretation
 from evals.run_all import main, parse
-from evals.run_config import quick, tiny
-from sae.config import TrainConfig
+from evals.run_config import paper, quick, tiny
+from evals.run_log import RunLog
+from sae.config import TrainConfig, to_dict
 
 
 def test_options_of_other_architectures_do_not_change_an_sae() -> None:
@@ -92,3 +94,49 @@ def test_the_plan_names_engines_and_dollars_and_opens_nothing(tiny_lm_dir, tmp_p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(Exception, match="need 4, and 1 is visible"):
         print_plan(replace(tiny(), root=tmp_path, model=str(tiny_lm_dir), interp=interp))
+
+
+# --- a run again from what it left -----------------------------------------------------------------------------------
+
+
+def test_a_saved_configuration_is_that_run_again(tmp_path) -> None:
+    """`--config run.json`: every value, paths and nested ones too, but not what was to be done that day."""
+    words = ["--preset", "tiny", "--root", str(tmp_path), "--architectures", "topk", "gated", "--train-seeds", "0", "1",
+             "--truth", "a/truth.safetensors", "--interp.prices", "p.json", "--task-csv", "a=b.csv", "--hookpoint",
+             "layers.1", "--no-decontaminate", "--train.lr", "0.002", "--exemplars.score-hard", "3",
+             "--force"]  # fmt: skip
+    first = parse(words)
+    RunLog(root=tmp_path, preset="tiny", key=first.key(), config=to_dict(first)).write()
+    saved = str(tmp_path / "run.json")
+    again = parse(["--config", saved])
+    assert first.force and again == replace(first, force=False, config=tmp_path / "run.json")
+    assert again.key() == first.key() and isinstance(again.interp.prices, Path)
+    changed = parse([f"--config={saved}", "--train.lr", "0.001", "--root", "elsewhere"])
+    assert changed.train == replace(first.train, lr=0.001) and changed.root == Path("elsewhere")
+    RunLog(root=tmp_path, preset="tiny", key="k", config=to_dict(again)).write()  # of a run that was replayed itself
+    assert parse(["--config", saved]) == again
+
+
+def test_presets_keep_their_values_through_a_file(tmp_path) -> None:
+    for make in (quick, paper, tiny):
+        cfg = replace(make(), root=tmp_path)
+        RunLog(root=tmp_path, preset=cfg.preset, key="k", config=to_dict(cfg)).write()
+        assert parse(["--config", str(tmp_path / "run.json")]) == replace(cfg, config=tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "says"),
+    [
+        (None, [], "cannot be read"),
+        ("no json", [], "cannot be read"),
+        ("{}", [], "holds no configuration of a run"),
+        ('{"config": {"preset": "tiny", "sede": 1}}', [], "no field 'sede'; did you mean 'seed'"),
+        ('{"config": {"preset": "tiny"}}', ["--preset", "quick"], "leave --preset"),
+    ],
+)
+def test_a_file_that_is_no_saved_configuration(tmp_path, capsys, content, words, says) -> None:
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["--config", str(path), *words]) == 2
+    assert says in capsys.readouterr().err
