@@ -1,5 +1,6 @@
 """How commands end: one place decides, and every door asks it."""
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -17,6 +18,7 @@ import pytest
 import autointerp
 import evals
 import sae
+from autointerp.retries import run_to_end
 from sae import exits
 from sae.errors import ArtefactError, BudgetExceeded, ConfigError, DataError, MissingExtra, NoAnswer, SaescopeError
 
@@ -119,6 +121,24 @@ def test_every_door_ends_alike(name: str, monkeypatch: pytest.MonkeyPatch, capsy
         except SystemExit as usage:
             status = usage.code
         assert status == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_requests_in_flight_are_let_go(number: int) -> None:
+    """A signal within the event loop of a client: what was begun is cancelled, once."""
+    ended: list[str] = []
+
+    async def request(name: str) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(name)
+
+    async def work() -> list[object]:
+        asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), number)
+        return list(await asyncio.gather(request("a"), request("b")))
+
+    assert exits.run(lambda: len(run_to_end(work()))) == 130 and sorted(ended) == ["a", "b"]
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
