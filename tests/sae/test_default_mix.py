@@ -5,7 +5,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sae.default_mix import MixRow, _capped, default_rows, mix_key, rules_of_mix, runs_of_words, text_key
+from sae.default_mix import (
+    WORD,
+    MixRow,
+    _capped,
+    _read,
+    default_rows,
+    mix_key,
+    rules_of_mix,
+    runs_of_words,
+    text_key,
+)
 from sae.manifest import hash64
 from sae.tokens import split_of
 
@@ -106,3 +116,27 @@ def test_counts_of_the_default_mix() -> None:
     assert min(len(r.text) for r in rows) >= 40 and all(r.text == r.text.strip() for r in rows)
     heads = [text_key(r.text[:800])[:200] for r in rows]
     assert len(set(heads)) == len(heads)
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_no_training_text_shares_ten_words_with_a_probe_prompt_and_none_lies_in_two_splits() -> None:
+    """By plain strings, on every twentieth training document; by text for the splits, of which copies are one."""
+    rows = list(default_rows())
+    keys = [text_key(r.text) for r in rows]
+    split_by_key: dict[str, set[str]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        split_by_key.setdefault(key, set()).add(split_of(row.text))
+    assert all(len(splits) == 1 for splits in split_by_key.values())
+    trained: set[str] = set()
+    for key in [k for r, k in zip(rows, keys, strict=True) if split_of(r.text) == "train"][::20]:
+        trained |= _runs(key)
+    assert len(trained) > 250_000
+    for number in rules_of_mix()["probe_files"]:
+        prompts = {text_key(p) for p in _read(str(number))[1]}
+        assert not [p for p in prompts if not trained.isdisjoint(_runs(p))], number
+
+
+def _runs(key: str, length: int = 10) -> set[str]:
+    words = WORD.findall(key)
+    return {" ".join(words[i : i + length]) for i in range(max(1, len(words) - length + 1))}
