@@ -202,8 +202,31 @@ def test_refusals_are_counted_and_wrong_only_at_worst() -> None:
         return Failure(code="refusal", stage="x") if len(seen) == 1 else '{"match": []}'
 
     [result], _ = score(answer, [job(60)], mode="list")
-    row = next(s for s in result.scores if (s.metric, s.group) == ("balanced_accuracy", ""))
-    assert row.n_failed == 10 and row.value == 0.5 and row.value_worst < 0.5
+    rows = {s.metric: s for s in result.scores if s.group == ""}
+    row = rows["balanced_accuracy"]
+    assert row.n_failed == 10 and row.value == 0.5 and rows["recall"].value_worst == 0
+    lost = {(i.exemplar_id, i.mask) for i in result.items if i.failure}
+    kinds = {kind: [(m.exemplar.exemplar_id, m.mask) in lost for m in Fuzzing._drawn(job(60), 0) if m.kind == kind]
+             for kind in NEGATIVES}  # fmt: skip
+    assert 0 < sum(map(sum, kinds.values())) < 10
+    assert row.value_worst == pytest.approx((0 + 1 - np.mean([np.mean(k) for k in kinds.values()])) / 2)
+
+
+def test_what_has_no_log_probability_is_counted_beside_the_auc() -> None:
+    seen = []
+
+    def answer(request):
+        seen.append(request)
+        if len(seen) <= 3:
+            return Failure(code="timeout", stage="x")
+        p = 0.2 + 0.6 * (len(seen) % 2)
+        return LogprobReply(rows=((math.log(p), *[None] * 4, math.log(1 - p), *[None] * 4),))
+
+    [result], _ = score(answer, [job(60)], mode="logprob")
+    rows = {s.group: s for s in result.scores if s.metric == "auc"}
+    row = rows[""]
+    assert row.n_failed == 3 and row.n_pos + row.n_neg + 3 == len(Fuzzing._drawn(job(60), 0))
+    assert 3 <= sum(rows[f"kind={k}"].n_failed for k in NEGATIVES) <= 6  # a positive stands against both kinds
 
 
 def test_the_mode_follows_the_client_and_the_prompt_is_part_of_the_identity() -> None:
