@@ -11,7 +11,7 @@ from evals.results import DETAILS_FILE, row_dir, write_draws, write_rows
 from evals.run_log import RunLog, StageLog
 from sae import plugins
 from sae.engines import EngineName, Failure, run_jobs
-from sae.errors import Unsupported
+from sae.errors import ArtefactError, Unsupported
 from sae.manifest import is_complete, key_of, writing
 
 SUITE = "evals.suite"
@@ -108,6 +108,8 @@ class Measurement:
     def run(self, evaluation: Eval, subject: Subject, seed: int | None = None) -> Path:
         """Rows of one pair: reused if complete, else computed. Returns their folder."""
         ctx = self.context(evaluation, subject, seed)
+        if ctx.latents is None and "interp" in evaluation.needs and "sparse" in subject.provides:
+            raise ArtefactError("its latents could not be cached: see its failed task `latents`")
         own = {"eval": evaluation.name, "preset": self.preset, "seed": ctx.seed}
         config = evaluation.config(self.preset) | own  # what the run says comes last: no evaluation may hide it
         inputs = {"sae": subject.info.sae_sha256, **evaluation.inputs(ctx)}

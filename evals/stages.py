@@ -4,6 +4,7 @@ Stages meet as files; what is kept here between them are open handles, not resul
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -244,15 +245,28 @@ class Pipeline:
     # -- latents and exemplars ----------------------------------------------------------------------------------
     @cached_property
     def latents(self) -> dict[str, LatentCache]:
+        """By sae_id; an SAE whose latents cannot be cached is reported and left out."""
         stores = {split: self.store(split) for split in INTERP_SPLITS}
         cfg = self.cfg.exemplars
-        with self.log.stage("latents") as stage:
-            caches = build_latents_many(
-                self.root, self.saes, stores, window_tokens=cfg.window_tokens,
+
+        def build(saes: list[SAE]) -> list[LatentCache]:
+            return build_latents_many(
+                self.root, saes, stores, window_tokens=cfg.window_tokens,
                 min_window_tokens=cfg.min_window_tokens, force=self.cfg.force,
             )  # fmt: skip
-            stage.finish(cache.folder for cache in caches)
-            return {sae.sae_id: cache for sae, cache in zip(self.saes, caches, strict=True)}
+
+        with self.log.stage("latents") as stage:
+            try:
+                caches = dict(zip([sae.sae_id for sae in self.saes], build(self.saes), strict=True))
+            except Exception as error:  # of one of them, or of what they share: each alone tells
+                caches, failed = _each_alone(build, self.saes)
+                if not caches:
+                    raise
+                logger.debug("not all SAEs together", exc_info=error)
+                for sae_id, why in failed.items():
+                    self.log.fail(sae_id, "latents", why)
+            stage.finish(cache.folder for cache in caches.values())
+            return caches
 
     @cached_property
     def embedder(self) -> "EmbedderLike | None":
@@ -285,6 +299,20 @@ class Pipeline:
                     self.log.fail(sae_id, "exemplars", error)
             stage.finish(t.folder for t in tables.values())
         return tables
+
+
+def _each_alone(
+    build: Callable[[list[SAE]], list[LatentCache]], saes: Sequence[SAE]
+) -> tuple[dict[str, LatentCache], dict[str, Exception]]:
+    """(caches, errors) by sae_id."""
+    found: dict[str, LatentCache] = {}
+    failed: dict[str, Exception] = {}
+    for sae in saes:
+        try:
+            [found[sae.sae_id]] = build([sae])
+        except Exception as error:
+            failed[sae.sae_id] = error
+    return found, failed
 
 
 def dtype_name(lm: LanguageModel) -> str:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from memory_store import info
 from evals.base import EvalContext, EvalResult, RowMaker, SAESubject
 from evals.measure import Elsewhere, Measurement
 from evals.results import Estimate, Row, read_rows
+from evals.run_config import tiny
 from evals.run_log import RunLog
+from evals.stages import Pipeline
 from sae.errors import ConfigError, DataError, SaescopeError
+from sae.manifest import writing
 
 
 class LM:
@@ -141,3 +145,44 @@ def test_interruption_is_no_failed_job(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         made.run_all([type("R", (Raises,), {"error": KeyboardInterrupt()})()], SUBJECTS)
     assert not isinstance(KeyboardInterrupt(), SaescopeError) and not made.log.failures
+
+
+class Latents(Fine):
+    name, needs = "latents", frozenset({"interp"})
+
+
+def test_an_sae_without_latents_is_told_and_the_others_keep_theirs(tmp_path: Path, monkeypatch) -> None:
+    """What breaks for all SAEs together is tried for each alone."""
+    asked: list[list[str]] = []
+
+    def build(root: Path, saes: list, stores: Any, **options: Any) -> list[Any]:
+        asked.append([sae.sae_id for sae in saes])
+        if any(sae.sae_id in broken for sae in saes):
+            raise ConfigError("these latents would take more disk than there is")
+        folders = [tmp_path / "latents" / sae.sae_id for sae in saes]
+        for folder in folders:
+            with writing(folder, kind="latents", key=folder.name, stage_version=1, config={}) as out:
+                (out.path / "entries").write_text("")
+        return [SimpleNamespace(folder=folder, key=folder.name) for folder in folders]
+
+    monkeypatch.setattr("evals.stages.build_latents_many", build)
+    cfg = replace(tiny(), root=tmp_path)
+
+    def found(log: RunLog) -> dict[str, Any]:
+        saes = [SimpleNamespace(sae_id=s.info.sae_id) for s in SUBJECTS]
+        here = SimpleNamespace(cfg=cfg, root=tmp_path, log=log, saes=saes, store=lambda split: None)
+        return Pipeline.latents.func(here)
+
+    made, broken = measurement(tmp_path), {"second"}
+    caches = found(made.log)
+    assert sorted(caches) == ["first", "third"] and asked == [["first", "second", "third"], ["first"], ["second"],
+                                                             ["third"]]  # fmt: skip
+    [failure] = made.log.failures
+    assert (failure.subject, failure.task) == ("second", "latents") and "more disk" in failure.error
+    made.latents, made.parts = caches.get, {"stores": dict}
+    made.run_all([Latents(), Fine()], SUBJECTS)
+    assert [(f.subject, f.task) for f in made.log.failures[1:]] == [("second", "latents")]
+    assert "see its failed task `latents`" in made.log.failures[1].error and len(rows_of(made)) == 5
+    broken = {"first", "second", "third"}
+    with pytest.raises(ConfigError, match="more disk"):
+        found(measurement(tmp_path).log)
