@@ -73,6 +73,18 @@ def test_the_strongest_windows_are_judged_too() -> None:
         group = {e.exemplar_id: e.group for e in one.exemplars}
         judged = sorted(group[i.exemplar_id] for i in result.items if i.positive)
         assert judged == [0, 1, 3, 4, 5, 6, 8, 9]
+        gains = {True: math.log(0.9) + 3, False: math.log(0.1) + 3}  # over the text's own -3 nats
+        loud = {e.exemplar_id: e.group >= N_GROUPS // 2 for e in one.exemplars}
+        assert all(i.value == pytest.approx(gains[loud[i.exemplar_id]]) for i in result.items)
+
+
+def test_half_of_the_windows_that_set_the_threshold_are_active() -> None:
+    ctx = likely(lambda text: 0.9 if "loud" in text else 0.1)
+    one = job(0, lambda split, kind, row, g: f"{split} {row} {'loud' if g >= 0 else 'calm'}")
+    Surprisal(calibrate=6).score_many([one], ctx)
+    assert ctx.client is not None
+    read = [r.prompt.rpartition("\n\n")[0] for r in ctx.client.backend.sent if "calibrate" in r.prompt]
+    assert (sum("loud" in text for text in read), sum("calm" in text for text in read)) == (3, 3)
 
 
 @pytest.mark.parametrize("scorer", ["surprisal", "simulation"])
