@@ -37,7 +37,8 @@ def make_tokens(root: Path, lm: Any, part: float) -> dict[str, Any]:
     from sae.config import TokensConfig
     from sae.tokens import build_tokens
 
-    sizes = {f"{split}_tokens": max(8, round(n * part)) * case.L for split, n in SPLITS.items()}
+    rows = {split: case.BATCH_ROWS * max(1, round(n * part / case.BATCH_ROWS)) for split, n in SPLITS.items()}
+    sizes = {f"{split}_tokens": n * case.L for split, n in rows.items()}  # delphi drops a batch that is not full
     cfg = TokensConfig(context_tokens=case.L, train_tokens=case.L, test_tokens=case.L, **sizes)
     made = build_tokens(root, cfg, lm.name, lm.tokenizer)
     return {split: made[split] for split in SPLITS}
