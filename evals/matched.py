@@ -14,6 +14,7 @@ import numpy as np
 
 from evals.board import MATCHED_L0, Board, BoardSubject, Column, overlap
 from evals.gains import Cell, paired_interval
+from evals.results import PLACE
 from evals.seed_noise import LEVEL, SeedSpread, exceeds_seed_noise, over_seeds, p_value, spread_of
 from evals.uncertainty import MIN_UNITS, holm, summarise
 
@@ -320,11 +321,12 @@ def told_apart(board: Board, a: Cell, b: Cell) -> bool:
 def pareto(board: Board, metric: Column) -> dict[str, State]:
     """State of every SAE in (L0, metric), fewer latents and a better metric being good.
 
-    Dominated: some SAE of the same LM and hookpoint is no worse in both, and the interval of the difference in the
+    Dominated: some SAE of the same place is no worse in both, and the interval of the difference in the
     metric or in L0, paired where both were resampled alike, excludes 0; without draws, their two intervals are
     disjoint. Undecided: dominated by the point values, but no difference is shown.
     """
-    l0 = board.columns_of("l0")[0]
+    of_l0 = board.columns_of("l0")
+    l0 = next((c for c in of_l0 if c.preset == metric.preset), of_l0[0])
     sign = -1 if metric.spec.better == "higher" else 1
     states: dict[str, State] = {}
     for a in board.saes:
@@ -334,7 +336,7 @@ def pareto(board: Board, metric: Column) -> dict[str, State]:
             continue
         state: State = "front"
         for b in board.saes:
-            if b is a or any(a.fields[f] != b.fields[f] for f in ("lm", "hookpoint")):
+            if b is a or any(a.fields.get(f) != b.fields.get(f) for f in PLACE):
                 continue
             u, v = board.cells[b.sae_id, l0.id], board.cells[b.sae_id, metric.id]
             if u.value is None or v.value is None or u.value > x.value or sign * v.value > sign * y.value:

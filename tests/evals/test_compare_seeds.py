@@ -146,3 +146,26 @@ def test_a_metric_without_draws_is_not_judged_at_equal_l0(tmp_path):
     lines = {line.column_id.partition("@")[0]: line for line in compare(tmp_path, a[0], b[0]).equal_l0}
     assert lines["delta_ce"].verdict == "undecided: no interval" and lines["delta_ce"].p_holm is None
     assert lines["fvu"].verdict == "B better"
+
+
+def test_dominance_holds_each_preset_against_its_own_l0(tmp_path):
+    """Two SAEs measured by `quick` and two by `paper`, below one root: both pairs have a front."""
+    from evals.board import build_board
+    from evals.matched import pareto
+    from evals.results import load_results
+
+    for preset in ("quick", "paper"):
+        for name, fvu in (("good", 0.2), ("poor", 0.4)):
+            cells = {("l0", ""): (32.0, 0.5), ("fvu", ""): (fvu, 0.01)}
+            write_row_folder(tmp_path, info(f"{name}-{preset}"), "reconstruction", cells, preset=preset)
+    board = build_board(load_results(tmp_path))
+    found = {c.preset: pareto(board, c) for c in board.columns_of("fvu")}
+    assert set(found) == {"quick", "paper"}
+    for preset, states in found.items():
+        mine = {name: state for name, state in states.items() if state}
+        assert mine == {f"good-{preset}": "front", f"poor-{preset}": "dominated"}
+    write_row_folder(tmp_path, info("better-elsewhere", lm_revision="another"), "reconstruction",
+                     {("l0", ""): (8.0, 0.5), ("fvu", ""): (0.01, 0.001)})  # fmt: skip
+    board = build_board(load_results(tmp_path))
+    quick = next(c for c in board.columns_of("fvu") if c.preset == "quick")
+    assert pareto(board, quick)["good-quick"] == "front"  # another place dominates nothing here
