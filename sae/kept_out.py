@@ -70,8 +70,8 @@ class KeptOut:
             yield from (d for d, bad in zip(batch, dirty, strict=True) if not bad)
 
     def touches_default(self) -> bool:
-        """Does any document of the default mix share text with a prompt? Looked up once per machine, in about half a
-        minute: where none does, the text, and all that was made of it, stays as it is without these tasks."""
+        """Does any document of the default mix share text with a prompt? Looked up once per machine, in seconds: where
+        none does, the text, and all that was made of it, stays as it is without these tasks."""
         key = key_of("kept_out_default", VERSION, {}, {"kept_out": self.key, "mix": mix_key()})
         folder = assets.cache_dir() / "derived" / f"kept_out_default-{key}"
         if not is_complete(folder):
