@@ -1,28 +1,36 @@
 """Ask for a latent's activation on the last token of short token lists: the model behind N2G's probes.
 
-Each distinct token list is forwarded once, stopped at the hookpoint, and only its last position is encoded; the whole
-code of that token is kept, so one forward serves every latent that asks about the same few tokens.
+Each distinct token list is forwarded once, stopped at the hookpoint, together with all that begin like it
+(:mod:`sae.last_tokens`), and only its last position is encoded; the whole code of that token is kept, so one forward
+serves every latent that asks about the same few tokens.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autointerp.interfaces import Probe
+from sae.console import progress
 from sae.errors import ConfigError
 
 if TYPE_CHECKING:
     from sae.base import SAE
     from sae.language_model import LanguageModel
 
-BATCH_TOKENS = 768
-"""Tokens per forward, padding included: large enough to keep two cores busy, small enough for the cache."""
-PADDING_SHARE = 0.15
-"""A batch may hold this share of padding; a longer list opens a new batch."""
+BATCH_TOKENS = 1_024
+"""Tokens per forward: large enough for the products (sae.packed.ROWS), small enough for the cache."""
 
-Code = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+class _Codes(NamedTuple):
+    """Codes of the lists that one question brought, E active entries."""
+
+    first: int
+    """Number of the first list; the lists are numbered in the order in which they came."""
+    key_E: NDArray[np.int64]
+    """list number * F + latent, ascending."""
+    value_E: NDArray[np.float32]
 
 
 class LastActs:
@@ -36,55 +44,53 @@ class LastActs:
         self.n_forwarded = 0
         """Distinct token lists forwarded."""
         self.n_tokens = 0
-        """Tokens forwarded, padding included."""
-        self._codes: dict[tuple[int, ...], Code] = {}
+        """Tokens forwarded: those that lists share at their front once a batch; padding included where there is any."""
+        self._number: dict[tuple[int, ...], int] = {}
+        self._codes: list[_Codes] = []
 
     def __call__(self, probes: Sequence[Probe]) -> NDArray[np.float32]:
         """float32 [n_probes]: activation of each probe's latent at its last token; 0 where it is not active."""
-        new = sorted({tokens for _, tokens in probes} - self._codes.keys(), key=lambda t: (len(t), t))
-        if new and not new[0]:
-            raise ConfigError("a probe without tokens has no last position")
-        for batch in _batches(new, self.batch_tokens):
-            self._forward(batch)
-        out = np.zeros(len(probes), dtype=np.float32)
-        for i, (latent, tokens) in enumerate(probes):
-            indices, values = self._codes[tokens]
-            found = np.flatnonzero(indices == latent)
-            if found.size:
-                out[i] = values[found[0]]
+        number, first = self._number, len(self._number)
+        new = [tokens for tokens in dict.fromkeys(tokens for _, tokens in probes) if tokens not in number]
+        if new:
+            self._codes.append(self._forward(new, first))
+            number.update(zip(new, range(first, first + len(new)), strict=True))
+        wanted = np.fromiter((number[tokens] for _, tokens in probes), np.int64, count=len(probes))
+        latents = np.fromiter((latent for latent, _ in probes), np.int64, count=len(probes))
+        return self._look_up(wanted, latents)
+
+    def _look_up(self, wanted: NDArray[np.int64], latents: NDArray[np.int64]) -> NDArray[np.float32]:
+        out = np.zeros(len(wanted), dtype=np.float32)
+        of = np.searchsorted([c.first for c in self._codes], wanted, side="right") - 1
+        for i in np.unique(of).tolist():
+            codes, asked = self._codes[i], np.flatnonzero(of == i)
+            if not codes.key_E.size:
+                continue
+            key = wanted[asked] * self.sae.d_sae + latents[asked]
+            at = np.searchsorted(codes.key_E, key).clip(max=codes.key_E.size - 1)
+            out[asked] = np.where(codes.key_E[at] == key, codes.value_E[at], 0.0)
         return out
 
-    def _forward(self, batch: list[tuple[int, ...]]) -> None:
+    def _forward(self, new: list[tuple[int, ...]], first: int) -> _Codes:
         import torch
 
-        longest = len(batch[-1])
-        # Padding stands on the right, where a causal model cannot see it from the last real token.
-        ids = torch.tensor([t + (t[-1],) * (longest - len(t)) for t in batch], device=self.lm.device)
-        last = torch.tensor([len(t) - 1 for t in batch], device=self.lm.device)
-        with torch.inference_mode():
-            acts_BLD = self.lm.capture(ids, [self.hookpoint])[self.hookpoint]
-            x_BD = acts_BLD[torch.arange(len(batch), device=last.device), last].float()
-            values_BK, indices_BK = self.sae.encode_sparse(x_BD.to(self.sae.W_dec_FD.device))
-        values, indices = values_BK.float().cpu().numpy(), indices_BK.cpu().numpy()
-        for i, tokens in enumerate(batch):
-            active = values[i] > 0
-            self._codes[tokens] = (indices[i][active], values[i][active])
-        self.n_forwarded += len(batch)
-        self.n_tokens += len(batch) * longest
+        from sae.last_tokens import last_tokens
 
-
-def _batches(lists: Sequence[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    """Length-sorted lists cut so that a padded batch stays within ``batch_tokens`` and wastes little."""
-    batches: list[list[tuple[int, ...]]] = []
-    content = 0
-    for tokens in lists:
-        content += len(tokens)
-        padded = (len(batches[-1]) + 1) * len(tokens) if batches else 0
-        if not batches or padded > batch_tokens or padded - content > PADDING_SHARE * padded + len(tokens):
-            batches.append([])
-            content = len(tokens)
-        batches[-1].append(tokens)
-    return batches
+        keys: list[NDArray[np.int64]] = []
+        values: list[NDArray[np.float32]] = []
+        with torch.inference_mode(), progress("N2G probes", total=len(new), unit="lists") as bar:
+            for lists, x_BD, n_tokens in last_tokens(self.lm, new, self.hookpoint, self.batch_tokens):
+                values_BK, indices_BK = self.sae.encode_sparse(x_BD.float().to(self.sae.W_dec_FD.device))
+                found, latent = values_BK.float().cpu().numpy(), indices_BK.cpu().numpy()
+                row, slot = np.nonzero(found > 0)
+                keys.append((first + lists[row]) * self.sae.d_sae + latent[row, slot])
+                values.append(found[row, slot])
+                self.n_tokens += n_tokens
+                bar.advance(len(lists))
+        self.n_forwarded += len(new)
+        key_E, value_E = np.concatenate(keys), np.concatenate(values)
+        order = np.argsort(key_E, kind="stable")
+        return _Codes(first, key_E[order], value_E[order])
 
 
 def make_last_acts(lm: "LanguageModel", sae: "SAE", hookpoint: str, *, batch_tokens: int = BATCH_TOKENS) -> LastActs:

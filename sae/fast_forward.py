@@ -7,12 +7,13 @@ inside the products; in float32 the products are oneDNN's (:mod:`sae.packed`). S
 roundings; it is compared with the model's own pass before it is used (:func:`verified`), and left aside where it
 disagrees.
 
-B rows, L tokens, D model width, H heads, G key/value heads, C channels per head, M MLP width.
+B rows, L tokens, D model width, H heads, G key/value heads, C channels per head, M MLP width;
+n nodes of a tree of token lists (:mod:`sae.token_tree`).
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from sae.packed import PackedWeight
 from sae.packed import suits as suits_packing
+
+if TYPE_CHECKING:
+    from sae.token_tree import TokenTree
 
 logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -58,18 +62,44 @@ class FastBlock:
     def __call__(self, x_BLD: Tensor, turn_LC: Tensor) -> Tensor:
         """One block; ``turn_LC``: complex rotation of each position, [L, 1, C/2]."""
         B, L, D = x_BLD.shape
-        (w1, eps1), (w2, eps2) = self.norms
-        mixed = self.qkv(F.rms_norm(x_BLD, (D,), w1, eps1), None).view(B, L, -1, self.channels)
-        both = self.n_heads + self.n_kv
-        pairs = torch.view_as_complex(mixed[:, :, :both].float().unflatten(-1, (-1, 2)))
-        turned = torch.view_as_real(pairs * turn_LC).flatten(-2).to(x_BLD.dtype)
-        q, k = turned[:, :, : self.n_heads].transpose(1, 2), turned[:, :, self.n_heads :].transpose(1, 2)
+        q, k, v = self._heads(x_BLD, turn_LC)
         out = F.scaled_dot_product_attention(
-            q, k, mixed[:, :, both:].transpose(1, 2), is_causal=True, scale=self.scale, enable_gqa=True
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=self.scale, enable_gqa=True
         )
-        flat = self.out(out.transpose(1, 2).reshape(B * L, -1), x_BLD.reshape(-1, D))
-        gate, up = self.gate_up(F.rms_norm(flat, (D,), w2, eps2), None).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up), flat).view(B, L, D)
+        return self._rest(out.transpose(1, 2).reshape(B * L, -1), x_BLD.reshape(-1, D)).view(B, L, D)
+
+    def of_tree(self, x_nD: Tensor, turn_nC: Tensor, levels: Sequence[Tensor]) -> Tensor:
+        """One block over the nodes of a tree; ``levels``: per depth the way to each node, [nodes, depth + 1].
+
+        A node attends to the way to it alone, level by level, so that what it gets does not depend on which other
+        nodes are in the batch.
+        """
+        n, G, C = len(x_nD), self.n_kv, self.channels
+        q, k, v = self._heads(x_nD, turn_nC)
+        q, both = q.reshape(n, G, -1, C), torch.cat([k, v], dim=1)
+        outs, start = [], 0
+        for way in levels:
+            seen = both.index_select(0, way.flatten()).view(*way.shape, 2 * G, C).transpose(1, 2)
+            outs.append(F.scaled_dot_product_attention(
+                q[start : start + len(way)], seen[:, :G], seen[:, G:], scale=self.scale))  # fmt: skip
+            start += len(way)
+        return self._rest(torch.cat(outs).reshape(n, -1), x_nD)
+
+    def _heads(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [..., heads, C] of x [..., D], turned by their positions."""
+        w, eps = self.norms[0]
+        mixed = self.qkv(F.rms_norm(x, x.shape[-1:], w, eps), None).view(*x.shape[:-1], -1, self.channels)
+        both = self.n_heads + self.n_kv
+        pairs = torch.view_as_complex(mixed[..., :both, :].float().unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+        return turned[..., : self.n_heads, :], turned[..., self.n_heads :, :], mixed[..., both:, :]
+
+    def _rest(self, mixed_nD: Tensor, x_nD: Tensor) -> Tensor:
+        """What follows attention, whose heads are mixed_nD; x_nD: input of the block."""
+        w, eps = self.norms[1]
+        flat = self.out(mixed_nD, x_nD)
+        gate, up = self.gate_up(F.rms_norm(flat, flat.shape[-1:], w, eps), None).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up), flat)
 
 
 class FastForward:
@@ -83,16 +113,29 @@ class FastForward:
     def __call__(self, ids_BL: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Number of blocks passed -> x_BLD, for the numbers wanted (1 = after the first block)."""
         x = self.embed(ids_BL)
-        positions = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-        cos, sin = self.rotary(x, positions)
-        half = cos.shape[-1] // 2
-        turn = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())[:, None]
+        turn = self._turn(x, ids_BL.shape[1])
         found = {}
         for i, block in enumerate(self.blocks[: max(wanted)], start=1):
             x = block(x, turn)
             if i in wanted:
                 found[i] = x
         return found
+
+    @torch.no_grad()
+    def of_tree(self, tree: "TokenTree", n_blocks: int) -> Tensor:
+        """x_nD after ``n_blocks`` blocks for every node of a tree of token lists."""
+        x = self.embed(torch.from_numpy(tree.ids_n))
+        turn = self._turn(x, len(tree.levels))[torch.from_numpy(tree.depth_n)]
+        levels = [torch.from_numpy(way) for way in tree.levels]
+        for block in self.blocks[:n_blocks]:
+            x = block.of_tree(x, turn, levels)
+        return x
+
+    def _turn(self, x: Tensor, length: int) -> Tensor:
+        """Complex rotation of the first ``length`` positions, [L, 1, C/2]; x gives the type."""
+        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])
+        half = cos.shape[-1] // 2
+        return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())[:, None]
 
 
 def suits(model: Any) -> bool:

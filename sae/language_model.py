@@ -155,7 +155,7 @@ class LanguageModel:
         unknown hookpoint or one that gives no [B, L, D].
         """
         depths = {h: d for h in hookpoints if (d := self.block_of(h))}
-        fast = self._fast(max(depths.values())) if depths else None
+        fast = self.lean_pass(max(depths.values())) if depths else None
         if fast is None:
             return self.capture_by_hooks(ids_BL, hookpoints)
         by_depth = fast(ids_BL.to(self.device), list(depths.values()))
@@ -163,7 +163,7 @@ class LanguageModel:
         by_hook = self.capture_by_hooks(ids_BL, others) if others else {}
         return {h: by_depth[depths[h]] if h in depths else by_hook[h] for h in hookpoints}
 
-    def _fast(self, n_blocks: int) -> "FastForward | None":
+    def lean_pass(self, n_blocks: int) -> "FastForward | None":
         """The lean pass over the first blocks, if the model is of a shape that has one and it agrees with the model."""
         if n_blocks > self._fast_blocks:
             from sae.fast_forward import FastForward, suits, verified

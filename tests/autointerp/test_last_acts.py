@@ -8,13 +8,14 @@ from held_out import random_sae
 from autointerp.explainers.n2g import N2G
 from autointerp.explainers.n2g_released import ReleasedN2G
 from autointerp.interfaces import ExplainContext, ScoreContext
-from autointerp.last_acts import _batches, make_last_acts
+from autointerp.last_acts import make_last_acts
 from autointerp.n2g import build_many
 from autointerp.n2g_patterns import Pattern, PatternSet, TokenIndex, predict
 from autointerp.pattern_explainer import pairs_of
 from autointerp.records import ActivationScale, Exemplar, Explanation, Failure, LatentView
 from autointerp.simulators.pattern import PatternSimulator
 from sae.errors import ConfigError
+from sae.token_tree import batches
 from sae.tokens import prefix_id
 
 
@@ -53,7 +54,8 @@ def test_a_token_list_is_forwarded_once_for_all_latents(tiny_lm, sae, hookpoint)
     ask = make_last_acts(tiny_lm, sae, hookpoint)
     lists = lists_of(20)
     first = ask([(latent, t) for latent in range(sae.d_sae) for t in lists])
-    assert ask.n_forwarded == len(set(lists)) and ask.n_tokens >= sum(map(len, set(lists)))
+    assert ask.n_forwarded == len(set(lists))
+    assert ask.n_tokens == len({t[:n] for t in lists for n in range(1, len(t) + 1)}) < sum(map(len, set(lists)))
     again = ask([(latent, t) for latent in reversed(range(sae.d_sae)) for t in reversed(lists)])
     assert ask.n_forwarded == len(set(lists)) and again.tolist() == first[::-1].tolist()
     assert ask([]).size == 0
@@ -61,11 +63,11 @@ def test_a_token_list_is_forwarded_once_for_all_latents(tiny_lm, sae, hookpoint)
 
 def test_batches_waste_little():
     lists = sorted(lists_of(500), key=lambda t: (len(t), t))
-    batches = _batches(lists, 128)
-    assert [t for b in batches for t in b] == lists
-    assert all(len(b) * len(b[-1]) <= 128 for b in batches)
-    assert sum(len(b) * len(b[-1]) for b in batches) < 1.2 * sum(map(len, lists))
-    assert [len(b) for b in _batches([(1,) * 500], 128)] == [1]
+    found = batches(lists, 128)
+    assert [t for b in found for t in b] == lists
+    assert all(len(b) * len(b[-1]) <= 128 for b in found)
+    assert sum(len(b) * len(b[-1]) for b in found) < 1.2 * sum(map(len, lists))
+    assert [len(b) for b in batches([(1,) * 500], 128)] == [1]
 
 
 def test_refusals(tiny_lm, hookpoint):

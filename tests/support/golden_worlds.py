@@ -68,6 +68,9 @@ class PairLM:
     def check_hookpoint(self, hookpoint: str) -> int:
         return self.D
 
+    def block_of(self, hookpoint: str) -> None:
+        """No residual hookpoint: rows are read by `capture`."""
+
     def capture(self, ids_BL: torch.Tensor, hookpoints: Any) -> dict[str, torch.Tensor]:
         before = torch.roll(ids_BL, 1, dims=1)
         return {hookpoints[0]: self.table[ids_BL] + 0.6 * self.table[before]}
