@@ -164,7 +164,8 @@ def common_draws(members: Sequence[Measured], purpose: str) -> tuple[list[np.nda
     """
     lengths = {len(m.draws) for m in members if m.draws is not None}
     if all(m.draws is not None for m in members) and len(lengths) == 1:
-        paired = len({m.sample for m in members}) == 1 and len({m.n for m in members}) == 1
+        one_sample = len({m.sample for m in members}) == 1 and len({m.n for m in members}) == 1
+        paired = one_sample and not members[0].per_latent
         # Draws of one generator over other units would pair by accident of their order: shuffle them.
         drawn = [m.draws.astype(np.float64) for m in members if m.draws is not None]
         if not paired:

@@ -11,6 +11,7 @@ from synthetic_results import info, metric, write_row_folder
 
 from evals import uncertainty
 from evals.compare_page import equal_rows, forest, markdown
+from evals.compare_units import Measured, common_draws
 from evals.comparison import compare
 from evals.results import make_row, row_dir, write_draws, write_rows
 from evals.seed_noise import SeedSpread, exceeds_seed_noise
@@ -169,3 +170,16 @@ def test_dominance_holds_each_preset_against_its_own_l0(tmp_path):
     board = build_board(load_results(tmp_path))
     quick = next(c for c in board.columns_of("fvu") if c.preset == "quick")
     assert pareto(board, quick)["good-quick"] == "front"  # another place dominates nothing here
+
+
+def test_draws_over_latents_never_pair():
+    """Equal numbers of latents, resampled by one generator: draws that move together by accident of their order."""
+    drawn_R = rng("latents of one").normal(size=400)
+    members = [
+        Measured(sae_id=sae_id, value=0.0, stderr=1.0, n=64, failure="", identity={}, sample="s", per_latent=latents,
+                 preset="quick", draws=drawn_R)
+        for latents in (True, False) for sae_id in "ab"
+    ]  # fmt: skip
+    drawn, method = common_draws(members[:2], "f1")
+    assert method == "unpaired draws" and drawn is not None and abs(np.corrcoef(*drawn)[0, 1]) < 0.2
+    assert common_draws(members[2:], "fvu")[1] == "paired draws"
