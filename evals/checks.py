@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from autointerp import pipeline
@@ -79,6 +80,25 @@ def check_context(cfg: RunConfig, lm: LanguageModel) -> None:
             f"{lm.name} reads at most {most:,} tokens, rows have {cfg.tokens.context_tokens:,}; "
             f"give --tokens.context-tokens {most} or less"
         )
+
+
+def fitted(cfg: RunConfig, given: Sequence[SAE]) -> RunConfig:
+    """With rows no longer than those that any SAE given was trained on: at later positions it was never trained
+    (SAELens PR 201). ``--keep-context`` leaves them, and the warning stays."""
+    known = [(sae.cfg.meta.context_length_tokens, sae.sae_id) for sae in given if sae.cfg.meta is not None]
+    shorter = [(n, name) for n, name in known if 0 < n < cfg.tokens.context_tokens]
+    if not shorter:
+        return cfg
+    n, name = min(shorter)
+    if cfg.keep_context:
+        logger.warning("%s was trained on rows of %d tokens, the run reads %d", name, n, cfg.tokens.context_tokens)
+        return cfg
+    rows = max(n, cfg.exemplars.window_tokens)
+    logger.warning(
+        "rows have %d tokens instead of %d: %s was trained on %d (--keep-context reads the longer ones)",
+        rows, cfg.tokens.context_tokens, name, n,
+    )  # fmt: skip
+    return replace(cfg, tokens=replace(cfg.tokens, context_tokens=rows))
 
 
 def check_disk(cfg: RunConfig, hookpoint: str, d_in: int) -> None:

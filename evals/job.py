@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evals import leaderboard
-from evals.checks import check_before_loading, check_disk
+from evals.checks import check_before_loading, check_disk, fitted
 from evals.interp import Interpretation
 from evals.measure import Elsewhere, select
 from evals.more_probes import check_tasks
@@ -31,6 +31,8 @@ def run_job(cfg: RunConfig) -> int:
     log = RunLog(root=cfg.root, preset=cfg.preset, key=cfg.key(), config=to_dict(cfg))
     check_engine(cfg.engine, gpus=_gpus(cfg), shared=[cfg.root])
     stages = Pipeline(cfg, log)
+    cfg = stages.cfg = fitted(cfg, stages.given_saes)
+    log.key, log.config = cfg.key(), to_dict(cfg)
     with log.stage("load language model") as stage:
         lm = stages.lm()
         stage.note = f"{lm.name}, {stages.hookpoint}, {lm_description(lm)['dtype']}"

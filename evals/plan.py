@@ -16,7 +16,15 @@ from autointerp.embedding_near import POOL_WINDOWS
 from autointerp.estimate import planned, total
 from autointerp.ledger import load_prices
 from autointerp.vllm_engine import engines_planned
-from evals.checks import applicable, check_before_loading, check_context, check_disk, free_disk_gb, hookpoint_of
+from evals.checks import (
+    applicable,
+    check_before_loading,
+    check_context,
+    check_disk,
+    fitted,
+    free_disk_gb,
+    hookpoint_of,
+)
 from evals.effects import T_POSITIONS
 from evals.more_tasks import named
 from evals.probe_activations import ProbeConfig
@@ -235,6 +243,7 @@ def print_plan(cfg: RunConfig) -> None:
     engines = engines_planned(cfg.interp.replicas, cfg.interp.engine_options()) if cfg.interp.client == "vllm" else ""
     check_before_loading(cfg)
     given = [loading.load(path) for path in cfg.sae]
+    cfg = fitted(cfg, given)
     lm = LanguageModel.load(cfg.model, dtype=default_dtype(cfg.device), device=cfg.device)
     check_context(cfg, lm)
     hookpoint = hookpoint_of(cfg, lm, given)

@@ -61,6 +61,9 @@ class RunConfig:
     decontaminate: bool = True
     """Leave documents out that have ten words in a row with a prompt of the preset's probe tasks or of --task-csv (the
     default text has none of the former)."""
+    keep_context: bool = False
+    """Read rows of --tokens.context-tokens even if an SAE given was trained on shorter ones; by default all rows are as
+    short as those."""
     random_model: bool = False
     """Also train and measure an SAE of the model with random weights, as a floor; costs about as much as one SAE and
     the collecting of its activations."""

@@ -43,7 +43,7 @@ def own_tensors(given: SAE, folder: Path) -> Path:
     """The same SAE as the tensors of a script."""
     made = sae.from_weights(
         given.W_enc_DF, given.W_dec_FD, b_enc=given.b_enc_F, b_dec=given.b_dec_D, architecture="topk", k=4,
-        subtract_b_dec=True, lm="tiny", hookpoint="layers.1", name="by-hand",
+        subtract_b_dec=True, lm="tiny", hookpoint="layers.1", context_tokens=48, name="by-hand",
     )  # fmt: skip
     return sae.save(made, folder)
 
@@ -71,7 +71,9 @@ def test_a_mix_of_formats_is_evaluated_and_named(tiny_world: list[str], tmp_path
     assert a == pytest.approx(b, rel=1e-5) and a == pytest.approx(c, rel=1e-5), "one SAE in two formats and as tensors"
     board = (tmp_path / "root" / "leaderboard.csv").read_text()
     assert "saelens." in board and "sparsify." in board
-    notes = json.loads((tmp_path / "root" / "run.json").read_text())["notes"]["recipes"]
+    log = json.loads((tmp_path / "root" / "run.json").read_text())
+    assert log["config"]["tokens"]["context_tokens"] == 48 and "rows have 48 tokens instead of 64" in done.stderr
+    notes = log["notes"]["recipes"]
     assert {name.split(".")[0] for name in notes} == {"saelens", "sparsify", "by-hand"}, "each was tried"
     assert all("FVU" in text for text in notes.values())
 

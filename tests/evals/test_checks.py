@@ -198,3 +198,22 @@ def test_a_first_run_without_probe_tasks_ends_well(tmp_path: Path, tiny_lm_dir: 
     assert not log["failures"]
     left_out = log["notes"]["not_applicable"]
     assert {"probe_loss", "sparse_probing"} <= set(left_out) and "--task-csv" in left_out["probe_loss"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "keep", "rows", "says"),
+    [
+        ((), False, 64, ""),
+        ((64, 128), False, 64, ""),
+        ((0,), False, 64, ""),  # its file does not say
+        ((None,), False, 64, ""),
+        ((128, 48, 56), False, 48, "rows have 48 tokens instead of 64: sae-1 was trained on 48"),
+        ((8,), False, 32, "rows have 32 tokens instead of 64: sae-0 was trained on 8"),  # no shorter than a window
+        ((48,), True, 64, "sae-0 was trained on rows of 48 tokens, the run reads 64"),
+    ],
+)
+def test_rows_are_no_longer_than_those_of_the_training(cfg: RunConfig, trained, keep, rows, says, caplog) -> None:
+    metas = [n if n is None else SimpleNamespace(context_length_tokens=n) for n in trained]
+    given = [SimpleNamespace(sae_id=f"sae-{i}", cfg=SimpleNamespace(meta=meta)) for i, meta in enumerate(metas)]
+    found = checks.fitted(replace(cfg, keep_context=keep), given)
+    assert found.tokens.context_tokens == rows and (says in caplog.text if says else not caplog.text)
