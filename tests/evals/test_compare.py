@@ -343,6 +343,11 @@ def test_an_undefined_value_keeps_its_reason(tmp_path):
     write_row_folder(tmp_path, info(name("relu")), "n2g", {("n2g_f1", ""): "no_active_latent"})
     line = line_of(compare(tmp_path, "topk", "relu"), "n2g_f1")
     assert line.verdict == "undefined: no_active_latent" and line.a == pytest.approx(0.3) and line.b is None
+    for seed, value in ((1, 0.5), (2, 0.4)):  # a mean where all seeds have a value, none where one lacks it
+        write_row_folder(tmp_path, info(name("topk", seed)), "n2g", {("n2g_f1", ""): (value, 0.05)})
+        write_row_folder(tmp_path, info(name("relu", seed)), "n2g", {("n2g_f1", ""): (value, 0.05)})
+    line = line_of(compare(tmp_path, "topk-f4608-k32", "relu-f4608-k32"), "n2g_f1")
+    assert line.verdict == "undefined: no_active_latent" and line.a == pytest.approx(0.4) and line.b is None
 
 
 def test_the_door_writes_table_and_plot(tmp_path, capsys):
@@ -352,6 +357,7 @@ def test_the_door_writes_table_and_plot(tmp_path, capsys):
     assert door.main(["topk", "relu", "--root", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "B is better at FVU (one training seed)" in printed and "L0 differs (32.0 against 41.0)" in printed
+    assert "One training seed on a side" in printed
     made = sorted((tmp_path / "compare").iterdir())
     assert [p.suffix for p in made] == [".json", ".md", ".svg"]
     again = {p: p.read_bytes() for p in made}

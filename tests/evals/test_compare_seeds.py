@@ -183,3 +183,12 @@ def test_draws_over_latents_never_pair():
     drawn, method = common_draws(members[:2], "f1")
     assert method == "unpaired draws" and drawn is not None and abs(np.corrcoef(*drawn)[0, 1]) < 0.2
     assert common_draws(members[2:], "fvu")[1] == "paired draws"
+
+
+def test_all_ranked_metrics_of_the_aggregates_are_compared_when_asked(tmp_path):
+    ids = {a: f"{PREFIX}.{a}-f4608-k32.s0-{a}0abcd" for a in ("topk", "relu")}
+    for sae_id in ids.values():
+        values = {("n2g_f1", ""): (0.3, 0.05), ("n2g_recall_16", ""): (0.2, 0.05), ("n2g_length", ""): (2.0, 0.1)}
+        write_row_folder(tmp_path, info(sae_id), "n2g", values)
+    few, all_ = ({line.metric for line in compare(tmp_path, "topk", "relu", everything=e).lines} for e in (False, True))
+    assert "n2g.n2g_recall_16" in all_ - few and not any("n2g_length" in m for m in all_)  # neither side is better
