@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -21,8 +20,8 @@ from sae.texts import Document
 RUN_WORDS = 10
 """A document that has so many words in a row with a prompt is kept out; a shorter prompt counts as a whole."""
 VERSION = 1
-BATCH = 512
-"""Documents looked at together."""
+BATCH, BATCH_CHARACTERS = 512, 4_000_000
+"""Documents looked at together: so many, or of so many characters (books). A word takes about 100 bytes meanwhile."""
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class KeptOut:
     @cached_property
     def runs(self) -> np.ndarray:
         """Sorted distinct hashes, uint64."""
-        parts = [np.unique(hashed_runs(batch)[0]) for batch in _batches(self.prompts(), 64 * BATCH)]
+        parts = [np.unique(hashed_runs(batch)[0]) for batch in _batches(self.prompts(), len)]
         return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
 
     def shared(self, texts: list[str]) -> np.ndarray:
@@ -64,7 +63,7 @@ class KeptOut:
 
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The documents without those that share text with a prompt, which are counted."""
-        for batch in _batches(documents, BATCH):
+        for batch in _batches(documents, lambda document: len(document.text)):
             dirty = self.shared([d.text for d in batch])
             self.n_dropped += int(dirty.sum())
             yield from (d for d, bad in zip(batch, dirty, strict=True) if not bad)
@@ -76,14 +75,21 @@ class KeptOut:
         folder = assets.cache_dir() / "derived" / f"kept_out_default-{key}"
         if not is_complete(folder):
             logger.info("looking for the prompts of own tasks in the default text")
-            texts = _batches((row.text for row in default_rows()), BATCH)
+            texts = _batches((row.text for row in default_rows()), len)
             found = sum(int(self.shared(batch).sum()) for batch in texts)
             with writing(folder, kind="kept_out_default", key=key, stage_version=VERSION, config={}) as out:
                 (out.path / "shared.txt").write_text(f"{found}\n")
         return int((folder / "shared.txt").read_text()) > 0
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+def _batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    batch: list[T] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += length(item)
+        if len(batch) >= BATCH or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch

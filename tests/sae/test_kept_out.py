@@ -110,3 +110,15 @@ def test_the_default_text_is_looked_through_once(tmp_path, monkeypatch):
     monkeypatch.setattr(kept_out, "default_rows", rows)
     assert [of(PROMPT).touches_default() for _ in range(2)] == [True, True] and len(reads) == 1
     assert [of("no such words").touches_default() for _ in range(2)] == [False, False] and len(reads) == 2
+
+
+def test_books_are_looked_at_a_few_at_a_time(monkeypatch):
+    """What is held of words is bounded by characters, and neither order nor verdicts hang on it."""
+    monkeypatch.setattr(kept_out, "BATCH_CHARACTERS", 1_000)
+    sizes, keep = [], of(PROMPT)
+    plain = keep.shared
+    monkeypatch.setattr(keep, "shared", lambda texts: sizes.append(sum(map(len, texts))) or plain(texts))
+    books = ["word " * 150 + (PROMPT if i % 5 == 0 else "") for i in range(20)]
+    found = list(keep.clean(Document(text, "f", str(i)) for i, text in enumerate(books)))
+    assert [d.doc_id for d in found] == [str(i) for i in range(20) if i % 5] and keep.n_dropped == 4
+    assert len(sizes) == 10 and max(sizes) < 1_000 + max(map(len, books))
