@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny random LM, texts for it, and outside plug-ins for the contract suites."""
 
 import os
+import signal
 
 import pytest
 
@@ -9,6 +10,8 @@ if not os.path.exists("/dev/nvidia0"):  # before Triton is imported anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: a worker per core, so that a thread each is what there is
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts jobs in the background, and all theirs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
