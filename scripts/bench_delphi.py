@@ -226,6 +226,8 @@ def bench_judge(ours: Ours, delphi: Delphi, n_latents: int, repeats: int) -> Non
     from zero_latency import ZeroLatency
 
     latents = ours.chosen(n_latents)
+    if not latents:
+        sys.exit("no latent has windows enough to be judged; give a larger --part, or --skip-judge")
     print(f"{len(latents)} latents")
     spent: dict[int, list[Spent]] = {case.PER_REQUEST: [], 10: []}
     peer: list[Spent] = []

@@ -9,6 +9,8 @@ import selectors
 import time
 from typing import Any
 
+from http_bodies import HttpBodies
+
 
 class _Skipping(selectors.DefaultSelector):
     def __init__(self) -> None:
@@ -37,28 +39,12 @@ class SkippingLoop(asyncio.SelectorEventLoop):
         return time.process_time() + self._clock.skipped_s
 
 
-class FixedLatency(asyncio.Protocol):
+class FixedLatency(HttpBodies):
     """A server in the same loop: every request is answered ``latency_s`` after it has been read, however many come.
-    Reads HTTP just as far as it must; its own processor time counts against the client that is measured."""
+    Its own processor time counts against the client that is measured."""
 
     latency_s = 0.2
     body = b""
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.buffer = transport, b""
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
-            head = self.buffer[:end].lower()
-            at = head.find(b"content-length:")
-            length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
-            if len(self.buffer) < end + 4 + length:
-                return
-            self.buffer = self.buffer[end + 4 + length :]
-            asyncio.get_running_loop().call_later(self.latency_s, self._answer)
-
-    def _answer(self) -> None:
-        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(self.body)}\r\n\r\n"
-        if not self.transport.is_closing():
-            self.transport.write(head.encode() + self.body)
+    def asked(self, body: bytes) -> None:
+        asyncio.get_running_loop().call_later(self.latency_s, self.answer, self.body)
