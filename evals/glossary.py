@@ -29,6 +29,11 @@ def bounds(metric: "Metric") -> str:
     return f"≥ {low}" if low else f"≤ {high}" if high else ""
 
 
+def unit_text(metric: "Metric") -> str:
+    """``share, 0 to 1``."""
+    return ", ".join(part for part in (metric.unit, bounds(metric)) if part)
+
+
 def cell(text: str) -> str:
     """One line that markdown shows as it stands."""
     return re.sub(r"\s+", " ", text).strip().replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
@@ -39,10 +44,9 @@ def table(evaluation: "Eval") -> str:
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for metric in evaluation.metrics:
         name = f"**`{metric.name}`**" if metric.headline else f"`{metric.name}`"
-        unit = ", ".join(part for part in (metric.unit, bounds(metric)) if part)
         better = "–" if metric.better == "neither" else metric.better
         what = f"{metric.title}: {metric.description}"
-        lines.append(f"| {name} | {better} | {cell(unit)} | {cell(what)} | {cell(metric.reference)} |")
+        lines.append(f"| {name} | {better} | {cell(unit_text(metric))} | {cell(what)} | {cell(metric.reference)} |")
     return "\n".join(lines)
 
 

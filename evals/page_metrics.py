@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from evals.glossary import bounds
+from evals.glossary import unit_text
 from evals.page_text import slug, visible
 
 if TYPE_CHECKING:
@@ -58,10 +58,9 @@ def definitions(measured: Iterable[str]) -> list[dict[str, Any]]:
                 "name": m.name,
                 "title": visible(m.title),
                 "better": m.better,
-                "unit": visible(", ".join(part for part in (m.unit, bounds(m)) if part)),
+                "unit": visible(unit_text(m)),
                 "what": visible(m.description),
                 "source": source(m.reference),
-                "headline": m.headline,
             }
             for m in evaluation.metrics
         ]

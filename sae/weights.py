@@ -92,9 +92,9 @@ def save(sae: SAE, folder: str | Path, x_sample_ND: Tensor | None = None, *, for
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (force and _holds_sae(folder)))):
         raise ArtefactError(f"{folder} exists; choose another folder, or pass force=True where it holds an SAE")
-    sample = agreement.sample_inputs(adapt.from_sae(sae)) if x_sample_ND is None else x_sample_ND
-    cfg = to_dict(sae.cfg)
-    inputs = {"weights": _sha256(adapt.from_sae(sae))}
+    found, cfg = adapt.from_sae(sae), to_dict(sae.cfg)
+    sample = agreement.sample_inputs(found) if x_sample_ND is None else x_sample_ND
+    inputs = {"weights": _sha256(found)}
     key = key_of("saes", SAVE_VERSION, cfg, inputs)
     with writing(folder, kind="saes", key=key, stage_version=SAVE_VERSION, config=cfg, inputs=inputs) as out:
         checkpoint.save(sae, out.path, sample)
